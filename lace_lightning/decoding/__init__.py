@@ -1,0 +1,1 @@
+"""Group decoding: N threads of B groups, one column at a time."""

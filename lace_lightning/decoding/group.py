@@ -1,0 +1,93 @@
+"""What group decoding returns: tensors for training (:class:`Rollout`), text for people and metrics (:class:`Group`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from lace_lightning.traces.schema import Problem, Tag
+
+
+@dataclass
+class Rollout:
+    """B decoded groups on their common lattice. Columns 0 … prompt_length-1 hold the left-padded prompt.
+
+    Args:
+        input_ids: (B, N, L) long; pad id where nothing was written.
+        attention_mask: (B, N, L) bool: a real token stands here (prompt, sampled or forced).
+        forced: (B, N, L) bool: an environment wrote it.
+        logprobs: (B, N, L) float32: log-probability of each sampled token under the sampling distribution's logits at
+            temperature 1 without truncation; 0 where the thread did not choose.
+        prompt_length: number of prompt columns P.
+        finished: (B, N) bool: the thread ended itself (end of sequence) rather than at the limit.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    forced: torch.Tensor
+    logprobs: torch.Tensor
+    prompt_length: int
+    finished: torch.Tensor
+
+    @property
+    def chosen(self) -> torch.Tensor:
+        """(B, N, L) bool: tokens that the model itself chose, the targets of a policy gradient."""
+        chosen = self.attention_mask & ~self.forced
+        chosen[..., : self.prompt_length] = False
+        return chosen
+
+
+@dataclass(frozen=True)
+class Thread:
+    """One decoded thread as text.
+
+    Args:
+        text: everything after the prompt, tags and assessment included, special tokens left out.
+        thought: ``text`` up to the assessment, without what the environment wrote (what diversity is measured on).
+        answer: the answer parsed from the assessment, or None.
+        tag: the one tag of the assessment, or None if there is none or more than one.
+        observations: what the environment wrote, in order.
+        token_ids, columns, logprobs, forced: per real token after the prompt: id, lattice time, log-probability, forced.
+        finished: "eos" or "length".
+    """
+
+    text: str
+    thought: str
+    answer: str | None
+    tag: Tag | None
+    observations: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    columns: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    forced: tuple[bool, ...]
+    finished: Literal["eos", "length"]
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens after the prompt, forced ones included."""
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The N threads of one problem, decoded together."""
+
+    problem: Problem
+    threads: tuple[Thread, ...]
+    seed: int
+
+    @property
+    def tags(self) -> list[Tag | None]:
+        return [thread.tag for thread in self.threads]
+
+    @property
+    def has_valid_tags(self) -> bool:
+        """Every thread ends with exactly one tag and exactly one thread says ``[[best]]`` (LACE.md §6)."""
+        return None not in self.tags and self.tags.count(Tag.BEST) == 1
+
+    @property
+    def best(self) -> Thread | None:
+        """The one thread tagged ``[[best]]``; None if the group's tags are not valid."""
+        return self.threads[self.tags.index(Tag.BEST)] if self.has_valid_tags else None

@@ -1,0 +1,1 @@
+"""Multi-thread data: schema, spelling, reading and collation."""
