@@ -1,0 +1,174 @@
+"""Joining exchanges to Hugging Face decoders, without a copy of modelling code.
+
+transformers lets a model's attention be replaced by name. For every implementation X in :data:`INNER` we register
+``lace_X`` (attention and mask): it runs X untouched and then, if the forward pass carries a ``lattice`` keyword, lets
+the exchange of this layer read. Without that keyword the model is exactly the base model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lace_lightning.exchange.base import Geometry
+from lace_lightning.lattice import Lattice
+
+INNER = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+PREFIX = "lace_"
+
+
+class BackboneError(ValueError):
+    """A model cannot carry an exchange; the message says why."""
+
+
+def decoder_of(backbone: nn.Module) -> nn.Module:
+    """The decoder stack of a causal LM (also inside a PEFT wrapper); it has ``layers``.
+
+    Raises:
+        BackboneError: there is no such stack.
+    """
+    base = backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
+    config = base.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise BackboneError(f"{type(base).__name__} is an encoder-decoder: only decoder-only models can carry threads")
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
+    if decoder is None or not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        raise BackboneError(f"{type(base).__name__} has no decoder with a list of layers")
+    return decoder
+
+
+def text_config(backbone: nn.Module) -> Any:
+    """The configuration of the language model (inside a multimodal model: of its text part)."""
+    return backbone.config.get_text_config(decoder=True)
+
+
+def default_layers(num_layers: int) -> list[int]:
+    """Every second layer from the middle of the stack to its end (LACE.md §3, "Placement").
+
+    >>> default_layers(28)
+    [14, 16, 18, 20, 22, 24, 26]
+    """
+    return list(range(num_layers // 2, num_layers, 2))
+
+
+def check_layers(layers: list[int], num_layers: int) -> list[int]:
+    """Lattice layers, sorted.
+
+    Raises:
+        BackboneError: a layer does not exist or is named twice.
+    """
+    if len(set(layers)) != len(layers) or not all(0 <= layer < num_layers for layer in layers):
+        raise BackboneError(f"layers={layers}: name each lattice layer once, between 0 and {num_layers - 1}")
+    return sorted(layers)
+
+
+def geometry_of(backbone: nn.Module, layer_idx: int) -> Geometry:
+    """Widths, dtype and device at one decoder layer."""
+    config = text_config(backbone)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    weight = next(p for p in decoder_of(backbone).layers[layer_idx].parameters() if p.is_floating_point())
+    return Geometry(config.num_attention_heads * head_dim, config.hidden_size, weight.dtype, weight.device)
+
+
+def connect(backbone: PreTrainedModel) -> None:
+    """Let every layer of the model see the ``lattice`` keyword of its forward.
+
+    Raises:
+        BackboneError: the model's attention does not go through transformers' attention interface.
+    """
+    base = backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
+    decoder = decoder_of(backbone)
+    if not getattr(base, "_supports_attention_backend", False):
+        raise BackboneError(
+            f"the attention of {type(base).__name__} does not go through transformers' attention interface "
+            "(_supports_attention_backend is not set): it cannot carry an exchange"
+        )
+    inner = text_config(base)._attn_implementation or "eager"
+    if not inner.startswith(PREFIX):
+        if inner not in INNER:
+            raise BackboneError(f"attn_implementation={inner!r} cannot be wrapped: load the model with one of {INNER}")
+        base.set_attn_implementation(PREFIX + inner)
+    for layer_idx, layer in enumerate(decoder.layers):
+        layer.register_forward_hook(_layer_hook(layer_idx), with_kwargs=True)
+
+
+def _layer_hook(layer_idx: int) -> Callable[..., Any]:
+    def read_at_layer_output(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        exchange, lattice = _exchange_at("layer", layer_idx, kwargs.get("lattice"))
+        if exchange is None:
+            return output
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = lattice.apply(exchange, layer_idx, hidden)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    return read_at_layer_output
+
+
+def _exchange_at(site: str, layer_idx: int, lattice: Lattice | None) -> tuple[Any, Any]:
+    exchange = None if lattice is None else lattice.exchanges.get(layer_idx)
+    return (exchange, lattice) if exchange is not None and exchange.site == site else (None, lattice)
+
+
+def _threaded_attention(inner: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention implementation ``inner`` followed by the layer's exchange."""
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        lattice = kwargs.pop("lattice", None)
+        # "eager" is no registered name: every modelling file brings its own (Gemma 2 caps its scores there).
+        attend = (
+            import_module(type(module).__module__).eager_attention_forward
+            if inner == "eager"
+            else ALL_ATTENTION_FUNCTIONS[inner]
+        )
+        out, weights = attend(module, query, key, value, attention_mask, **kwargs)  # (rows, columns, heads, head_dim)
+        exchange, lattice = _exchange_at("attention", module.layer_idx, lattice)
+        if exchange is not None:
+            out = lattice.apply(exchange, module.layer_idx, out.flatten(2)).view_as(out)
+        return out, weights
+
+    return attention
+
+
+def _threaded_mask(inner: str) -> Callable[..., Any]:
+    """The mask function of ``inner`` that measures distances in the thread's own tokens.
+
+    Waiting columns are holes in ``attention_mask``. The backbone must not notice them, so a sliding window spans real
+    tokens, not columns.
+    """
+
+    def mask(
+        *args: Any,
+        mask_function: Callable[..., Any] = causal_mask_function,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if attention_mask is not None and mask_function is not causal_mask_function:
+            positions = token_positions(attention_mask)
+            by_column = mask_function
+
+            def mask_function(b: Any, h: Any, q: Any, k: Any) -> Any:
+                return by_column(b, h, positions[b, q], positions[b, k])
+
+        make = ALL_MASK_ATTENTION_FUNCTIONS[inner]
+        return make(*args, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
+
+    return mask
+
+
+def token_positions(attention_mask: Tensor) -> Tensor:
+    """Position of each column (rows, L) among the row's own real tokens; 0 before the first one."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+for _inner in INNER:
+    AttentionInterface.register(PREFIX + _inner, _threaded_attention(_inner))
+    AttentionMaskInterface.register(PREFIX + _inner, _threaded_mask(_inner))

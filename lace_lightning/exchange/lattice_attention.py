@@ -1,0 +1,149 @@
+"""Lattice attention (arXiv 2604.15529 §3.1, Eq. 4; LACE.md §3): the gated attention path across threads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lace_lightning.exchange.backends import BACKENDS, Backend, attention_weights, choose
+from lace_lightning.exchange.base import Exchange, ExchangeConfig, Geometry
+from lace_lightning.exchange.rotary import rotate
+from lace_lightning.lattice import Lattice, LatticeMask, Own, Reading, Scope, Topology
+
+
+@dataclass(frozen=True)
+class LatticeAttentionConfig(ExchangeConfig):
+    """Settings of :class:`LatticeAttention`.
+
+    Args:
+        width: lattice width r.
+        heads: lattice heads h; d = r / h.
+        scope: which columns a token reads: ``causal``, ``aligned`` or ``window``.
+        own: ``include`` the thread's own positions, ``exclude`` them, or read ``only`` them (a control that
+            communicates nothing).
+        window: number of columns that scope ``window`` reads.
+        time_dims: d_t, how many of the d dims turn with lattice time; None: half of d.
+        thread_dims: d_n, how many turn with the thread index; None: the other half.
+        rotary_base: base of both rotary embeddings.
+        gate_bias: start value of b_g; 0 opens every gate half.
+        backend: attention backend: ``auto``, ``eager``, ``sdpa`` or ``flex``.
+
+    Raises:
+        ValueError: settings that do not fit together; the message names them.
+    """
+
+    width: int = 128
+    heads: int = 4
+    scope: Scope = "causal"
+    own: Own = "include"
+    window: int | None = None
+    time_dims: int | None = None
+    thread_dims: int | None = None
+    rotary_base: float = 10_000.0
+    gate_bias: float = 0.0
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.width < 1 or self.width % self.heads:
+            raise ValueError(f"exchange width={self.width} must be a positive multiple of heads={self.heads}")
+        if self.backend != "auto" and self.backend not in BACKENDS:
+            raise ValueError(f"backend={self.backend!r} is unknown: choose auto or one of {', '.join(BACKENDS)}")
+        time_dims, thread_dims = self.rotary_dims
+        if time_dims % 2 or thread_dims % 2 or min(time_dims, thread_dims) < 0 or time_dims + thread_dims > self.dim:
+            raise ValueError(
+                f"time_dims={time_dims} and thread_dims={thread_dims} must be even and fit into the head width "
+                f"{self.dim} (= width {self.width} / heads {self.heads})"
+            )
+        self.topology  # noqa: B018  (its own constructor checks scope, own and window)
+
+    @property
+    def dim(self) -> int:
+        """Head width d."""
+        return self.width // self.heads
+
+    @property
+    def rotary_dims(self) -> tuple[int, int]:
+        """(d_t, d_n) with defaults filled in: even, together at most d."""
+        half = self.dim // 4 * 2
+        return (
+            half if self.time_dims is None else self.time_dims,
+            half if self.thread_dims is None else self.thread_dims,
+        )
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(self.scope, self.own, self.window)
+
+    def build(self, geometry: Geometry) -> LatticeAttention:
+        return LatticeAttention(self, geometry)
+
+
+class LatticeAttention(Exchange):
+    """The gated side path: down-projection, attention over the lattice, gate, zero-started up-projection.
+
+    The names of the paper: ``down`` is W_down (D_a -> r), ``qkv`` W_qkv, ``gate`` W_g and b_g, ``up`` W_up (r -> D_a).
+    """
+
+    site = "attention"
+    Config: ClassVar = LatticeAttentionConfig
+
+    def __init__(self, config: LatticeAttentionConfig, geometry: Geometry) -> None:
+        super().__init__()
+        self.config = config
+        r, factory = config.width, {"dtype": geometry.dtype, "device": geometry.device}
+        self.down = nn.Linear(geometry.attention_width, r, bias=False, **factory)
+        self.qkv = nn.Linear(r, 3 * r, bias=False, **factory)
+        self.gate = nn.Linear(2 * r, r, **factory)
+        self.up = nn.Linear(r, geometry.attention_width, bias=False, **factory)
+        nn.init.constant_(self.gate.bias, config.gate_bias)
+        nn.init.zeros_(self.up.weight)  # identity start: a fresh block adds exactly nothing
+
+    def forward(self, hidden: Tensor, lattice: Lattice, layer_idx: int) -> Tensor:
+        z = self.down(hidden)  # (B, N, L, r)
+        q, k, v = self._project(z, lattice)
+        mask = lattice.mask(self.config.topology)
+        if lattice.cache is not None and self.config.scope != "aligned":
+            k, v = lattice.cache.append(layer_idx, k, v)
+        read = self._to_lattice(choose(self.config.backend, q, mask)(q, k, v, mask), lattice)
+        gate = torch.sigmoid(self.gate(torch.cat([z, read], dim=-1)))
+        if lattice.readings is not None:
+            lattice.readings.append(_reading(layer_idx, gate, attention_weights(q, k, mask), mask, lattice))
+        return self.up(gate * read)
+
+    def _project(self, z: Tensor, lattice: Lattice) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B', h, positions, d), time-major; ``aligned`` folds columns into B'."""
+        batch, num_threads, columns, _ = z.shape
+        config = self.config
+        qkv = self.qkv(z).view(batch, num_threads, columns, 3, config.heads, config.dim)
+        q, k, v = qkv.transpose(1, 2).unbind(3)  # each (B, L, N, h, d)
+        times = torch.arange(columns, device=z.device) + lattice.first_time
+        threads = torch.arange(num_threads, device=z.device)
+        q, k = (rotate(x, times, threads, *config.rotary_dims, config.rotary_base) for x in (q, k))
+        folded = (batch * columns, num_threads) if config.scope == "aligned" else (batch, columns * num_threads)
+        q, k, v = (x.reshape(*folded, config.heads, config.dim).transpose(1, 2) for x in (q, k, v))
+        return q, k, v
+
+    def _to_lattice(self, read: Tensor, lattice: Lattice) -> Tensor:
+        """(B', h, positions, d) back to (B, N, L, r)."""
+        batch, num_threads, columns = lattice.visible.shape
+        return read.transpose(1, 2).reshape(batch, columns, num_threads, self.config.width).transpose(1, 2)
+
+
+def _reading(layer_idx: int, gate: Tensor, weights: Tensor, mask: LatticeMask, lattice: Lattice) -> Reading:
+    """Summarise one pass: gates and where the attention mass (B', h, Q, K) went."""
+    batch, num_threads, columns = lattice.visible.shape
+    mass = weights.mean(1).unflatten(-1, (-1, num_threads)).sum(-2)  # (B', Q, N): mass per thread read
+    mass = mass.reshape(batch, columns, num_threads, num_threads).transpose(1, 2)  # (B, N, L, N)
+    total, own = mass.sum(-1), mass.diagonal(dim1=1, dim2=3).transpose(1, 2)  # (B, N, L)
+    taking_part = lattice.visible & (total > 0)
+    counted = (mass * taking_part[..., None]).sum(2)
+    return Reading(
+        layer_idx=layer_idx,
+        gate=gate.mean(-1),
+        cross_share=torch.where(taking_part, 1 - own / total, torch.nan),
+        thread_share=counted / counted.sum(-1, keepdim=True).clamp_min(torch.finfo(counted.dtype).tiny),
+        visible=lattice.visible,
+    )

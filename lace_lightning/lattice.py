@@ -1,0 +1,193 @@
+"""The lattice of one forward pass: which positions exist, which may be read, and what was cached before.
+
+Positions are numbered time-major, ``i = t * N + n`` (LACE.md §3): in decoding the cache at step t then holds exactly
+what a thread may read, and in training the causal scope is the block mask ``key // N <= query // N``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lace_lightning.exchange.base import Exchange
+
+Scope = Literal["causal", "aligned", "window"]
+Own = Literal["include", "exclude", "only"]
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Which lattice positions a token may read, before visibility (LACE.md §3, "Mask M").
+
+    Args:
+        scope: ``causal`` reads all t' <= t, ``window`` t - window < t' <= t, ``aligned`` only t' = t.
+        own: whether the thread's own positions are included, excluded, or (a control) the only ones.
+        window: number of columns that ``window`` reads, its own column included.
+
+    Raises:
+        ValueError: an unknown scope or own, or a window that does not fit the scope.
+    """
+
+    scope: Scope = "causal"
+    own: Own = "include"
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("scope", self.scope, get_args(Scope)), ("own", self.own, get_args(Own))):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(known)}")
+        if (self.scope == "window") != (self.window is not None) or (self.window is not None and self.window < 1):
+            raise ValueError(
+                f"window={self.window!r} with scope={self.scope!r}: scope 'window' needs window >= 1 columns, "
+                "the other scopes need window: null"
+            )
+
+    def allows(self, query: Tensor, key: Tensor, num_threads: int) -> Tensor:
+        """Whether time-major position ``query`` may read ``key``; broadcasts, pure index arithmetic (a ``mask_mod``)."""
+        query_time, key_time = query // num_threads, key // num_threads
+        if self.scope == "aligned":
+            allowed = key_time == query_time
+        else:
+            allowed = key_time <= query_time
+            if self.window is not None:
+                allowed = allowed & (key_time > query_time - self.window)
+        if self.own == "include":
+            return allowed
+        is_own = query % num_threads == key % num_threads
+        return allowed & is_own if self.own == "only" else allowed & ~is_own
+
+
+@dataclass(eq=False)
+class LatticeMask:
+    """Mask M of one attention call: a topology over Q query and K key positions, minus invisible keys.
+
+    Args:
+        topology: who may read whom.
+        num_threads: N.
+        key_visible: (B, K) bool, time-major; K = N * number of key columns.
+        first_query: time-major index, among the keys, of the first query (N * earlier columns in decoding, else 0).
+        num_queries: Q.
+    """
+
+    topology: Topology
+    num_threads: int
+    key_visible: Tensor
+    first_query: int
+    num_queries: int
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """(B, 1, Q, K) bool, True where the query reads the key."""
+        device = self.key_visible.device
+        query = torch.arange(self.first_query, self.first_query + self.num_queries, device=device)
+        key = torch.arange(self.key_visible.shape[1], device=device)
+        allowed = self.topology.allows(query[:, None], key[None, :], self.num_threads)
+        return allowed[None, None] & self.key_visible[:, None, None, :]
+
+    @cached_property
+    def reads_anything(self) -> Tensor:
+        """(B, 1, Q, 1) bool: rows whose softmax is not empty. An empty row reads exactly zero."""
+        return self.dense.any(-1, keepdim=True)
+
+
+class LatticeCache:
+    """Keys and values that earlier columns left for later ones; one per decoding, shared by all lattice layers."""
+
+    def __init__(self) -> None:
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._visible: Tensor | None = None
+
+    def extend_visible(self, visible: Tensor) -> Tensor:
+        """Append the columns (B, K_new) of this pass, time-major; returns all (B, K) seen so far."""
+        self._visible = visible if self._visible is None else torch.cat([self._visible, visible], dim=1)
+        return self._visible
+
+    def append(self, layer_idx: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append (B, h, K_new, d) keys and values of one layer; returns all (B, h, K, d) seen so far."""
+        if layer_idx in self._layers:
+            old_key, old_value = self._layers[layer_idx]
+            key, value = torch.cat([old_key, key], dim=2), torch.cat([old_value, value], dim=2)
+        self._layers[layer_idx] = (key, value)
+        return key, value
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one lattice layer did in one pass; recorded only on request.
+
+    Args:
+        layer_idx: index of the decoder layer.
+        gate: (B, N, L) gate, mean over channels.
+        cross_share: (B, N, L) share of a token's attention mass on other threads; NaN where it reads nothing.
+        thread_share: (B, N, N) share of thread n's (dim 1) attention mass on thread m (dim 2), mean over its tokens.
+        visible: (B, N, L) bool: the columns that take part.
+    """
+
+    layer_idx: int
+    gate: Tensor
+    cross_share: Tensor
+    thread_share: Tensor
+    visible: Tensor
+
+
+@dataclass(eq=False)
+class Lattice:
+    """The lattice of one forward pass; travels to every layer as the keyword ``lattice`` of the backbone's forward.
+
+    Args:
+        exchanges: layer index -> exchange.
+        visible: (B, N, L) bool, the columns of this pass that take part in the exchange: real tokens after the prompt.
+            Others are never read, and nothing is added to them.
+        first_time: lattice time t of the first of these L columns.
+        skip: leading columns of the backbone's tensors that stand before these L (the prompt).
+        cache: what earlier passes left, in decoding.
+        readings: a list that lattice layers append to, or None.
+    """
+
+    exchanges: Mapping[int, Exchange]
+    visible: Tensor
+    first_time: int = 0
+    skip: int = 0
+    cache: LatticeCache | None = None
+    readings: list[Reading] | None = None
+    _masks: dict[Topology, LatticeMask] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        own_keys = self.visible.transpose(1, 2).flatten(1)
+        self._key_visible = own_keys if self.cache is None else self.cache.extend_visible(own_keys)
+
+    @property
+    def num_threads(self) -> int:
+        return self.visible.shape[1]
+
+    def mask(self, topology: Topology) -> LatticeMask:
+        """The mask of this pass, made once for all layers that share a topology.
+
+        ``aligned`` folds columns into the batch: each is a lattice of its own with a single column, without cache.
+        """
+        if topology not in self._masks:
+            batch, num_threads, columns = self.visible.shape
+            if topology.scope == "aligned":
+                visible = self.visible.transpose(1, 2).reshape(batch * columns, num_threads)
+                mask = LatticeMask(topology, num_threads, visible, 0, num_threads)
+            else:
+                queries = num_threads * columns
+                first = self._key_visible.shape[1] - queries
+                mask = LatticeMask(topology, num_threads, self._key_visible, first, queries)
+            self._masks[topology] = mask
+        return self._masks[topology]
+
+    def apply(self, exchange: Exchange, layer_idx: int, hidden: Tensor) -> Tensor:
+        """Add what the exchange says to the participating positions of ``hidden`` (B*N, skip + L, D)."""
+        batch, num_threads, columns = self.visible.shape
+        rows = hidden[:, self.skip :].reshape(batch, num_threads, columns, -1)
+        read = exchange(rows, self, layer_idx)
+        # where, not a product: what invisible positions computed may be anything, also not finite.
+        rows = torch.where(self.visible[..., None], rows + read, rows).view(batch * num_threads, columns, -1)
+        return rows if self.skip == 0 else torch.cat([hidden[:, : self.skip], rows], dim=1)

@@ -1,0 +1,298 @@
+"""A Hugging Face causal LM whose threads read each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from lace_lightning.backbone import (
+    BackboneError,
+    check_layers,
+    connect,
+    decoder_of,
+    default_layers,
+    geometry_of,
+    text_config,
+    token_positions,
+)
+from lace_lightning.exchange.base import Exchange, ExchangeConfig, Isolated
+from lace_lightning.lattice import Lattice, LatticeCache, Reading
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lace_lightning.decoding.group import Group
+    from lace_lightning.traces.template import Template
+
+
+class ThreadedLM(nn.Module):
+    """N threads per group through one backbone, with an exchange on some of its layers.
+
+    Args:
+        backbone: a decoder-only Hugging Face model (a PEFT wrapper around one is fine). Its modules stay as they are;
+            the exchange lives beside them in ``exchanges``, so the backbone saves and loads as the plain model it is.
+        exchange: settings of the exchange; ``Isolated()`` for none.
+        num_threads: N that generation uses when it is not told otherwise. Weights do not depend on it.
+        layers: lattice layers; None: every second layer from the middle of the stack on.
+        tokenizer: for text in, text out; may be set later.
+
+    Raises:
+        BackboneError: the backbone cannot carry the exchange; the message says why.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        exchange: ExchangeConfig | None = None,
+        num_threads: int = 4,
+        layers: Sequence[int] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        super().__init__()
+        if num_threads < 1:
+            raise ValueError(f"num_threads={num_threads}: a group needs at least one thread")
+        num_layers = len(decoder_of(backbone).layers)
+        self.backbone = backbone
+        self.exchange_config = exchange or Isolated()
+        self.num_threads = num_threads
+        self.layers = check_layers(list(default_layers(num_layers) if layers is None else layers), num_layers)
+        self.tokenizer = tokenizer
+        connect(backbone)
+        blocks = {str(i): self.exchange_config.build(geometry_of(backbone, i)) for i in self.layers}
+        self.exchanges = nn.ModuleDict({i: block for i, block in blocks.items() if block is not None})
+        self._probe()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        exchange: ExchangeConfig | None = None,
+        num_threads: int = 4,
+        layers: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> ThreadedLM:
+        """Load backbone and tokenizer by hub name or folder; ``kwargs`` go to ``AutoModelForCausalLM``."""
+        backbone = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        return cls(backbone, exchange, num_threads, layers, AutoTokenizer.from_pretrained(name))
+
+    # ---------------------------------------------------------------- forward
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt_length: int = 0) -> Tensor:
+        """Logits of whole groups.
+
+        Args:
+            input_ids: (B, N, L) long.
+            attention_mask: (B, N, L), nonzero where a real token stands; None: everywhere. Zeros inside a thread are
+                waiting columns.
+            prompt_length: leading columns that hold the (left-padded) prompt, on which the exchange is off.
+
+        Returns:
+            (B, N, L, V) logits. Row c predicts the thread's next real token after column c.
+        """
+        attention_mask = _mask_or_ones(input_ids, attention_mask)
+        return self.head(self._hidden(input_ids, attention_mask, self.lattice(attention_mask, prompt_length)))
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt_length: int = 0) -> list[Reading]:
+        """One forward pass of the decoder that records gates and attention shares, one reading per lattice layer."""
+        attention_mask = _mask_or_ones(input_ids, attention_mask)
+        lattice = self.lattice(attention_mask, prompt_length)
+        lattice.readings = []
+        with torch.no_grad():
+            self._hidden(input_ids, attention_mask, lattice)
+        return lattice.readings
+
+    def token_logprobs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        targets: Tensor,
+        prompt_length: int = 0,
+        chunk_size: int = 2048,
+    ) -> Tensor:
+        """Log-probability of each target token given what its thread and, through the exchange, the others wrote.
+
+        A token is predicted from its thread's previous real token, however many columns ago that stood. The logits
+        exist for ``chunk_size`` tokens at a time only, in the backward pass too.
+
+        Args:
+            input_ids, attention_mask, prompt_length: as in :meth:`forward`.
+            targets: (B, N, L) bool, tokens to score; a thread's first real token has no prediction and is not scored.
+
+        Returns:
+            (B, N, L) float32; 0 where not scored.
+        """
+        hidden = self._hidden(input_ids, attention_mask, self.lattice(attention_mask, prompt_length))
+        previous = previous_token(attention_mask)
+        scored = targets & (previous >= 0)
+        b, n, c = scored.nonzero(as_tuple=True)
+        rows, tokens = hidden[b, n, previous[b, n, c]], input_ids[b, n, c]
+        chunks = [
+            checkpoint(self._score, *pair, use_reentrant=False) if torch.is_grad_enabled() else self._score(*pair)
+            for pair in zip(rows.split(chunk_size), tokens.split(chunk_size), strict=True)
+        ]
+        logprobs = torch.cat(chunks) if chunks else rows.new_zeros(0, dtype=torch.float32)
+        return torch.zeros(scored.shape, device=rows.device).masked_scatter(scored, logprobs)
+
+    def _score(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """(M,) float32 log-probabilities of ``tokens`` from hidden states (M, D)."""
+        return -F.cross_entropy(self.head(hidden).float(), tokens, reduction="none")
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of the decoder's output (..., D), with the final soft cap of Gemma 2 and its kin."""
+        logits = self._base.get_output_embeddings()(hidden)
+        cap = getattr(text_config(self._base), "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def run(self, input_ids: Tensor, attention_mask: Tensor, lattice: Lattice | None, **kwargs: Any) -> Tensor:
+        """The decoder on plain rows, without the head.
+
+        Args:
+            input_ids: (rows, L_new) the columns of this pass.
+            attention_mask: (rows, L) bool over all columns so far, earlier ones included. Positions count real tokens.
+            lattice: the lattice of this pass; None runs the bare backbone.
+            kwargs: the cache, for decoding.
+
+        Returns:
+            (rows, L_new, D) hidden states.
+        """
+        return decoder_of(self.backbone)(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=token_positions(attention_mask)[:, -input_ids.shape[1] :],
+            lattice=lattice,
+            **{"use_cache": False, **kwargs},
+        ).last_hidden_state
+
+    def _hidden(self, input_ids: Tensor, attention_mask: Tensor, lattice: Lattice) -> Tensor:
+        """(B, N, L, D) output of the decoder."""
+        rows = self.run(input_ids.flatten(0, 1), attention_mask.flatten(0, 1), lattice)
+        return rows.view(*input_ids.shape, -1)
+
+    def lattice(self, attention_mask: Tensor, prompt_length: int = 0, cache: LatticeCache | None = None) -> Lattice:
+        """The lattice of a pass from the first column on; lattice time 0 is the first column after the prompt."""
+        skip = 0 if self.exchange_config.reads_prompt else prompt_length
+        return Lattice(
+            self.exchange_at, attention_mask[..., skip:].bool(), first_time=skip - prompt_length, skip=skip, cache=cache
+        )
+
+    @property
+    def exchange_at(self) -> dict[int, Exchange]:
+        """Layer index -> exchange block."""
+        return {int(i): cast(Exchange, block) for i, block in self.exchanges.items()}
+
+    @property
+    def _base(self) -> PreTrainedModel:
+        return self.backbone.get_base_model() if hasattr(self.backbone, "get_base_model") else self.backbone
+
+    # ---------------------------------------------------------------- generation
+
+    def generate_groups(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        template: Template | None = None,
+        **sampling: Any,
+    ) -> list[Group]:
+        """Decode one group of threads per prompt.
+
+        Args:
+            prompts: problem texts, before the template.
+            max_new_tokens: most lattice columns to decode.
+            seed: with the same seed a prompt gets the same group, whatever else is in the batch.
+            template: spelling of prompt and assessment.
+            sampling: ``temperature``, ``top_k``, ``top_p``, ``min_p`` of :class:`~lace_lightning.decoding.Sampling`.
+
+        Raises:
+            ValueError: the model has no tokenizer, or a sampling option is out of range.
+        """
+        from lace_lightning.decoding import generate_groups
+
+        return generate_groups(self, prompts, max_new_tokens, seed, template, **sampling)
+
+    # ---------------------------------------------------------------- parameters
+
+    def exchange_parameters(self) -> list[nn.Parameter]:
+        return list(self.exchanges.parameters())
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Numbers of parameters: of the backbone, and added by the exchange."""
+        return {
+            "backbone": sum(p.numel() for p in self.backbone.parameters()),
+            "exchange": sum(p.numel() for p in self.exchange_parameters()),
+        }
+
+    def save_exchange(self, folder: str | Path) -> None:
+        """Write the exchange's weights and settings: ``exchange.safetensors`` and ``exchange.json``."""
+        from lace_lightning.adapter import save_exchange
+
+        save_exchange(self, Path(folder))
+
+    def load_exchange(self, folder: str | Path) -> None:
+        """Load exchange weights written by :meth:`save_exchange` into this model's blocks.
+
+        Raises:
+            ValueError: settings, layers or shapes differ from this model's; nothing is changed then.
+        """
+        from lace_lightning.adapter import load_exchange
+
+        load_exchange(self, Path(folder))
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        """Run one token and see that every exchange is reached at its width, and that the head is what we think it is."""
+        parameter = next(self.backbone.parameters())
+        if parameter.is_meta:
+            return
+        reached: list[int] = []
+        hooks = [
+            block.register_forward_pre_hook(lambda _, args: reached.append(args[2]))
+            for block in self.exchanges.values()
+        ]
+        name, training = type(self._base).__name__, self.backbone.training
+        ids = torch.zeros(1, 1, 1, dtype=torch.long, device=parameter.device)
+        self.backbone.eval()
+        try:
+            logits = self(ids)[0]
+            plain = self.backbone(input_ids=ids[0], attention_mask=torch.ones_like(ids[0]), use_cache=False).logits
+        except (RuntimeError, TypeError) as error:
+            raise BackboneError(f"{name} cannot carry the exchange on layers {self.layers}: {error}") from error
+        finally:
+            self.backbone.train(training)
+            for hook in hooks:
+                hook.remove()
+        if missed := sorted(set(self.exchange_at) - set(reached)):
+            raise BackboneError(
+                f"layers {missed} of {name} have no softmax attention that an exchange can join (linear-attention "
+                "layers?): choose other layers"
+            )
+        if not torch.equal(logits, plain):
+            raise BackboneError(
+                f"the logits of {name} are not its output embedding of the decoder's output: unsupported"
+            )
+
+
+def previous_token(attention_mask: Tensor) -> Tensor:
+    """Column of each position's previous real token in its own thread, (…, L) long; -1 where there is none."""
+    columns = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
+    last = torch.where(attention_mask.bool(), columns, -1).cummax(-1).values
+    return F.pad(last, (1, -1), value=-1)
+
+
+def _mask_or_ones(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    if input_ids.dim() != 3:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: (B groups, N threads, L columns) is needed")
+    if attention_mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask {tuple(attention_mask.shape)} differs from input_ids {tuple(input_ids.shape)}"
+        )
+    return attention_mask.bool()
