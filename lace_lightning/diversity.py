@@ -1,0 +1,72 @@
+"""How different the threads of a group are (LACE.md §6, §7): mean pairwise distances of what they thought.
+
+A thread without a thought is at distance 0 from every other one: saying nothing explores nothing, and must earn no
+diversity reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import torch
+from rapidfuzz.distance import Levenshtein
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lace_lightning.decoding.group import Group
+    from lace_lightning.embedding import Embedder
+
+
+def mean_cosine_distance(embeddings: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Mean over all N(N-1)/2 pairs of threads of 1 - cos, 0 for a pair with an invalid thread.
+
+    Args:
+        embeddings: (..., N, E), of any length.
+        valid: (..., N) bool, all by default.
+
+    Returns:
+        (...) between 0 and 2; 0 where N is 1.
+    """
+    num_threads = embeddings.shape[-2]
+    unit = torch.nn.functional.normalize(embeddings, dim=-1)
+    similarity = unit @ unit.mT  # (..., N, N)
+    valid = torch.ones_like(embeddings[..., 0], dtype=torch.bool) if valid is None else valid
+    is_pair = (valid.unsqueeze(-1) & valid.unsqueeze(-2)).triu(diagonal=1)
+    total = ((1 - similarity).clamp_min(0) * is_pair).sum((-2, -1))
+    return total / max(num_threads * (num_threads - 1) // 2, 1)
+
+
+def mean_edit_distance(sequences: Sequence[str] | Sequence[Sequence[int]]) -> float:
+    """Mean over all pairs of the Levenshtein distance divided by the longer length; 0 for a pair with an empty one.
+
+    Args:
+        sequences: the N threads as strings (characters count) or token ids.
+
+    Returns:
+        Between 0 (all equal) and 1; 0 where N is 1.
+    """
+    pairs = list(combinations(sequences, 2))
+    distances = (Levenshtein.normalized_distance(first, second) for first, second in pairs if first and second)
+    return sum(distances) / max(len(pairs), 1)
+
+
+def embedding_diversity(groups: Sequence[Group], embedder: Embedder) -> Tensor:
+    """Mean pairwise cosine distance of the embedded thoughts of each group, (B,) float32 on the CPU."""
+    if not groups:
+        return torch.zeros(0)
+    thoughts = [[thread.thought.strip() for thread in group.threads] for group in groups]
+    embeddings = embedder.embed([thought for group in thoughts for thought in group]).float().cpu()
+    parts = embeddings.split([len(group) for group in thoughts])
+    return torch.stack(
+        [
+            mean_cosine_distance(part, torch.tensor([bool(thought) for thought in group]))
+            for part, group in zip(parts, thoughts, strict=True)
+        ]
+    )
+
+
+def edit_diversity(group: Group) -> float:
+    """Mean pairwise normalised edit distance, in characters, of a group's thoughts."""
+    return mean_edit_distance([thread.thought.strip() for thread in group.threads])
