@@ -39,11 +39,11 @@ class Doors(WordPuzzle):
     """
 
     def __init__(
-        self, doors: list[int] | None = None, tries: list[int] | None = None, max_doors: int = 16, seed: int = 0
+        self, doors: Sequence[int] = (8,), tries: Sequence[int] = (2,), max_doors: int = 16, seed: int = 0
     ) -> None:
         super().__init__(["doors", "tries", *map(str, range(max_doors + 1))], seed)
-        self.doors = [8] if doors is None else doors
-        self.tries = [2] if tries is None else tries
+        self.doors = doors
+        self.tries = tries
         check_sizes("doors", self.doors, 1, max_doors)
         check_sizes("tries", self.tries, 1, max_doors)
 

@@ -36,9 +36,11 @@ class Find(WordPuzzle):
             ``tries`` is below 1.
     """
 
-    def __init__(self, primes: list[int] | None = None, tries: int = 2, max_number: int = 32, seed: int = 0) -> None:
+    def __init__(
+        self, primes: Sequence[int] = (7, 11, 13), tries: int = 2, max_number: int = 32, seed: int = 0
+    ) -> None:
         super().__init__(["find", "x", "=", "mod", *map(str, range(max_number + 1))], seed)
-        self.primes = [7, 11, 13] if primes is None else primes
+        self.primes = primes
         self.tries = tries
         check_sizes("primes", self.primes, 2, max_number)
         check_sizes("tries", [tries], 1, max_number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,7 @@ def split_of(key: str) -> str:
     return "test" if number < TEST_SHARE * 2**64 else "train"
 
 
-def check_sizes(option: str, sizes: list[int], low: int, high: int) -> None:
-    """Raise ValueError unless ``sizes`` is a non-empty list of ints in low … high."""
+def check_sizes(option: str, sizes: Sequence[int], low: int, high: int) -> None:
+    """Raise ValueError unless ``sizes`` holds at least one int and only ints in low … high."""
     if not sizes or any(type(size) is not int or not low <= size <= high for size in sizes):
-        raise ValueError(f"{option}={sizes} must list at least one whole number, each from {low} to {high}")
+        raise ValueError(f"{option}={list(sizes)} must list at least one whole number, each from {low} to {high}")
