@@ -1,0 +1,145 @@
+"""Carrying records from a spool to MLflow, in the background while a run lasts."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from lace_lightning.tracking.redact import redact_uri
+from lace_lightning.tracking.spool import Record, SpoolReader
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+SEND_SECONDS = 2.0
+MAX_WAIT_SECONDS = 30.0
+_CLOSING_WAIT_SECONDS = 0.5
+
+log = logging.getLogger(__name__)
+
+
+def drain(client: MlflowClient, reader: SpoolReader) -> None:
+    """Send everything that is in the spool now.
+
+    Raises:
+        Exception: whatever the store raised; what was not acknowledged stays in the spool.
+    """
+    while True:
+        records, end = reader.read()
+        if not records:
+            return
+        _send(client, reader, records)
+        reader.acknowledge(records, end)
+
+
+def _send(client: MlflowClient, reader: SpoolReader, records: list[Record]) -> None:
+    """Send records as one batch; if the store rejects it, one by one, setting aside those that it never will take."""
+    try:
+        _send_batch(client, reader, records)
+    except Exception as error:
+        if not _is_refusal(error):
+            raise
+        if len(records) > 1:
+            for record in records:
+                _send(client, reader, [record])
+            return
+        reader.refuse(records[0], str(error))
+        log.warning("MLflow refused a record, which is kept in %s: %s", reader.folder / "refused.jsonl", error)
+
+
+def _send_batch(client: MlflowClient, reader: SpoolReader, records: list[Record]) -> None:
+    from mlflow.entities import Metric, Param, RunTag
+
+    metrics = [
+        Metric(key, value, record["time"], record["step"])
+        for record in records
+        if record["kind"] == "metrics"
+        for key, value in record["values"].items()
+    ]
+    params = {record["key"]: record["value"] for record in records if record["kind"] == "param"}
+    tags = {record["key"]: record["value"] for record in records if record["kind"] == "tag"}
+    client.log_batch(
+        reader.run_id,
+        metrics=metrics,
+        params=[Param(key, value) for key, value in params.items()],
+        tags=[RunTag(key, value) for key, value in tags.items()],
+    )
+    for record in records:
+        if record["kind"] == "artifact":
+            client.log_artifact(reader.run_id, str(reader.folder / record["file"]), record["folder"])
+        elif record["kind"] == "status":
+            client.set_terminated(reader.run_id, record["status"], record["time"])
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether sending the same again can never succeed. Everything else (no server, a busy one) is worth repeating."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        return error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
+    response = getattr(error, "response", None)  # requests.HTTPError of an artifact upload
+    if response is not None:
+        return response.status_code in (400, 413)
+    return isinstance(error, FileNotFoundError | PermissionError)  # an artifact's copy, or the folder it goes to
+
+
+class Sender:
+    """One daemon thread that drains a spool every two seconds, more rarely while the store does not answer."""
+
+    def __init__(self, client: MlflowClient, reader: SpoolReader, tracking_uri: str) -> None:
+        self._client = client
+        self._reader = reader
+        self._uri = redact_uri(tracking_uri)
+        self._closing = threading.Event()
+        self._give_up_at = 0.0
+        self._thread: threading.Thread | None = None
+        self._away = False
+
+    def start(self) -> None:
+        """Make sure that the thread runs."""
+        self._closing.clear()
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._run, name="mlflow-sender", daemon=True)
+            self._thread.start()
+
+    def close(self, seconds: float) -> int:
+        """Send what is left for at most ``seconds``; the number of records that could not be sent."""
+        if self._reader.pending():
+            self.start()
+        self._give_up_at = time.monotonic() + seconds
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join(seconds)
+        return self._reader.pending()
+
+    def _run(self) -> None:
+        wait = SEND_SECONDS
+        while True:
+            closing = self._closing.wait(wait)
+            wait = SEND_SECONDS if self._try_to_drain() else min(2 * wait, MAX_WAIT_SECONDS)
+            if not closing:
+                continue
+            if not self._away or time.monotonic() > self._give_up_at:
+                return
+            time.sleep(_CLOSING_WAIT_SECONDS)
+
+    def _try_to_drain(self) -> bool:
+        try:
+            self._reader.sync()
+            drain(self._client, self._reader)
+        except Exception as error:
+            if not self._away:
+                log.warning(
+                    "MLflow at %s does not take records now (%s). The run goes on; they wait in %s.",
+                    self._uri,
+                    redact_uri(str(error)).partition("\n")[0],
+                    self._reader.folder,
+                )
+            self._away = True
+            return False
+        if self._away:
+            log.warning("MLflow at %s takes records again; all that waited have been sent.", self._uri)
+        self._away = False
+        return True

@@ -1,0 +1,145 @@
+"""Where runs are tracked: tracking URIs, and opening a run in an MLflow store."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from lace_lightning.tracking.redact import redact_uri
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
+
+DEFAULT_TRACKING_URI = "sqlite:///runs/mlflow.db"
+_SQLITE = "sqlite:///"
+
+# We repeat requests ourselves, so a single one must fail fast. What the user has set in the environment wins.
+_MLFLOW_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+class TrackingError(ConnectionError):
+    """The tracking store cannot be used; the message names it and the remedy."""
+
+
+def resolve_tracking_uri(uri: str | None) -> str:
+    """``uri``, else ``MLFLOW_TRACKING_URI``, else :data:`DEFAULT_TRACKING_URI`; an sqlite file's path made absolute.
+
+    Raises:
+        ValueError: a plain folder or ``file:`` URI, which MLflow no longer accepts.
+    """
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
+    if uri.startswith(_SQLITE):
+        return _SQLITE + str(Path(uri.removeprefix(_SQLITE)).absolute())
+    if urlsplit(uri).scheme in ("", "file") and uri != "databricks":
+        raise ValueError(
+            f"tracking_uri={uri!r} is a folder, which MLflow no longer accepts as a store: "
+            f"use tracking_uri={DEFAULT_TRACKING_URI!r} or the http:// address of a server"
+        )
+    return uri
+
+
+def is_server(uri: str) -> bool:
+    """Whether the store is reached over the network."""
+    return not uri.startswith(_SQLITE)
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client of the store; creates the folder of an sqlite file. Does not yet talk to a server."""
+    for name, value in _MLFLOW_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    from mlflow.tracking import MlflowClient
+
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # a new sqlite file is no news
+    if uri.startswith(_SQLITE):
+        Path(uri.removeprefix(_SQLITE)).parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(uri)
+
+
+def open_run(
+    client: MlflowClient, uri: str, experiment_name: str, run_name: str | None, tags: Mapping[str, str]
+) -> Run:
+    """A new run, in an experiment that is created if need be, with MLflow's usual tags about who started it from where.
+
+    Raises:
+        TrackingError: the store does not answer, or holds a deleted experiment of this name.
+    """
+    from mlflow.tracking.context.registry import resolve_tags
+
+    with _remedies(uri), _one_at_a_time(uri):
+        experiment_id = _experiment_id(client, uri, experiment_name)
+        return client.create_run(experiment_id, tags=resolve_tags(tags), run_name=run_name)
+
+
+def check(client: MlflowClient, uri: str) -> None:
+    """Ask the store anything at all.
+
+    Raises:
+        TrackingError: it does not answer.
+    """
+    with _remedies(uri):
+        client.search_experiments(max_results=1)
+
+
+def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            return client.create_experiment(name, artifact_location=_artifact_location(uri))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            return _experiment_id(client, uri, name)  # another run was faster
+    if experiment.lifecycle_stage == "deleted":
+        raise TrackingError(
+            f"experiment_name={name!r} was deleted in {redact_uri(uri)}: choose another experiment_name, or restore it "
+            f"with `mlflow experiments restore --experiment-id {experiment.experiment_id}`"
+        )
+    return experiment.experiment_id
+
+
+@contextmanager
+def _remedies(uri: str) -> Iterator[None]:
+    """Say which option is at fault, and what to do, when the store does not work."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except TrackingError:
+        raise
+    except (MlflowException, OSError) as error:
+        raise TrackingError(
+            f"tracking_uri={redact_uri(uri)!r} cannot be used: {redact_uri(str(error))}\n"
+            f"Start the server (or free the file), or log locally with tracking_uri={DEFAULT_TRACKING_URI!r}."
+        ) from error
+
+
+@contextmanager
+def _one_at_a_time(uri: str) -> Iterator[None]:
+    """Runs that start together would otherwise create the tables of a new sqlite file twice."""
+    if is_server(uri):
+        yield
+        return
+    with open(uri.removeprefix(_SQLITE) + ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _artifact_location(uri: str) -> str | None:
+    """A server knows where it keeps artifacts; those of an sqlite file lie beside it, of other databases in runs/."""
+    if uri.startswith("http") or uri.startswith("databricks"):
+        return None
+    folder = Path(uri.removeprefix(_SQLITE)).parent if uri.startswith(_SQLITE) else Path("runs").absolute()
+    return str(folder / "mlartifacts")
