@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 MAX_CHARACTERS = 256
 MAX_DEPTH = 32
-_TOKEN = re.compile(r" *([0-9]{1,9}(?![0-9])|[-+*/()])")
+_TOKEN = re.compile(r" *([0-9]{1,9}|[-+*/()])")
 
 
 class Expression(NamedTuple):
