@@ -24,7 +24,7 @@ class Embedder(ABC):
         """Embed M texts.
 
         Returns:
-            (M, E) float32 on the CPU, each row of length 1, or 0 for a text without words.
+            (M, E) float32 on the CPU, each row of length 1, or 0 for a text without words (or tokens).
         """
 
 
@@ -91,14 +91,14 @@ class HuggingFaceEmbedder(Embedder):
     @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> Tensor:
         batches = [list(texts[start : start + self.batch_size]) for start in range(0, len(texts), self.batch_size)]
-        if not batches:
-            return torch.zeros(0, self._model.config.hidden_size)
-        return torch.cat([self._embed_batch(batch) for batch in batches])
+        return torch.cat([torch.zeros(0, self._model.config.hidden_size), *map(self._embed_batch, batches)])
 
     def _embed_batch(self, texts: list[str]) -> Tensor:
         inputs = self._tokenizer(
             texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.device)
+        if inputs["input_ids"].numel() == 0:  # models fail on sequences without tokens
+            return torch.zeros(len(texts), self._model.config.hidden_size)
         hidden = self._model(**inputs).last_hidden_state.float()  # (M, L, E)
         mask = inputs["attention_mask"].unsqueeze(-1)
         return normalize((hidden * mask).sum(1), dim=-1).cpu()  # the mean's direction is that of the sum
@@ -108,6 +108,7 @@ class HuggingFaceEmbedder(Embedder):
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.name, trust_remote_code=False)
+        tokenizer.padding_side = "right"  # so that padding moves no token's position
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         return tokenizer
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from lace_lightning.decoding.group import Group
 from lace_lightning.diversity import embedding_diversity
 from lace_lightning.embedding import Embedder
 from lace_lightning.tasks import Verdict
 from lace_lightning.traces.schema import Tag
+
+if TYPE_CHECKING:
+    from lace_lightning.decoding.group import Group
 
 
 class Reward(ABC):

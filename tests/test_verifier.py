@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lace_lightning.tasks import Verdict
@@ -21,9 +22,9 @@ from tests.hand_built import RIGHT, UNPARSABLE, WRONG, thread
 
 DATA = Path(__file__).parents[2] / "shared/data/math"
 
-# Answers in upper case, unless a job tells it to misbehave.
+# Answers in upper case, unless a job tells it to misbehave; a path is a place where two workers meet.
 SHOUTER = """
-import json, os, sys, time
+import json, os, sys
 print('"ready"', flush=True)
 for line in sys.stdin:
     job = json.loads(line)
@@ -31,20 +32,23 @@ for line in sys.stdin:
         signals_are_no_use = 9**9**9
     if job == "die":
         os._exit(1)
-    time.sleep(0.02)
+    if os.path.isdir(job):
+        open(os.path.join(job, str(os.getpid())), "w").close()
+        while len(os.listdir(job)) < 2:
+            pass
     print(json.dumps(job.upper()), flush=True)
 """
 
 
 @pytest.fixture(scope="module")
 def verifier():
-    with Verifier(num_workers=2, time_limit=1.0) as verifier:
+    with Verifier() as verifier:
         yield verifier
 
 
 @pytest.fixture
 def shouters():
-    pool = WorkerPool([sys.executable, "-c", SHOUTER], num_workers=2, time_limit=0.5)
+    pool = WorkerPool([sys.executable, "-c", SHOUTER], num_workers=2, time_limit=1.0)
     yield pool
     pool.close()
 
@@ -119,18 +123,19 @@ HOSTILE = [
 ]
 
 
-def test_hostile_answers_are_never_right_and_never_raise(verifier):
-    verdicts = verifier.verify([("42", text) for text in HOSTILE])
-    assert len(verdicts) == len(HOSTILE) and RIGHT not in verdicts
-    assert verdicts[1:4] == [UNPARSABLE] * 3
-    assert verifier.verify([("1/2", "0.5")]) == [RIGHT], "the workers must still be of use"
+def test_hostile_answers_are_never_right_and_never_raise():
+    with Verifier(time_limit=1.0) as verifier:
+        verdicts = verifier.verify([("42", text) for text in HOSTILE])
+        assert len(verdicts) == len(HOSTILE) and RIGHT not in verdicts
+        assert verdicts[1:4] == [UNPARSABLE] * 3
+        assert verifier.verify([("1/2", "0.5")]) == [RIGHT], "the workers must still be of use"
 
 
 def test_a_hung_or_dead_worker_loses_only_its_own_item(shouters):
     jobs = ["a", "hang", "b", "die", "c", "hang", "die", "d"]
     began = time.monotonic()
     assert shouters.map(jobs) == ["A", None, "B", None, "C", None, None, "D"]
-    assert 0.5 < time.monotonic() - began < 5.0
+    assert 1.0 < time.monotonic() - began < 10.0
     assert shouters.map(["e"]) == ["E"]
 
 
@@ -149,12 +154,9 @@ def test_workers_that_died_while_idle_cost_no_item(shouters):
     assert shouters.map(["c", "d", "e"]) == ["C", "D", "E"]
 
 
-def test_workers_work_side_by_side(shouters):
-    jobs = [str(number) for number in range(40)]
-    shouters.map(jobs[:2])
-    began = time.monotonic()
-    shouters.map(jobs)
-    assert time.monotonic() - began < 0.75 * 40 * 0.02, "two workers must take about half of the time of one"
+def test_workers_work_side_by_side(shouters, tmp_path):
+    meeting = [str(tmp_path)] * 2  # a worker that comes alone waits until it is killed
+    assert shouters.map(meeting) == [job.upper() for job in meeting]
 
 
 def test_a_reply_that_comes_after_an_interrupted_call_is_not_taken_for_a_later_one(shouters, monkeypatch):
@@ -188,19 +190,21 @@ def test_workers_end_with_the_verifier():
     assert worker._process.returncode is not None
 
 
-def test_a_copied_verifier_has_workers_of_its_own(verifier):
-    verifier.verify([("1/2", "0.5")])
-    with copy.deepcopy(verifier) as twin:
-        assert (twin.num_workers, twin.time_limit) == (2, 1.0)
+def test_a_copied_verifier_has_workers_of_its_own():
+    with Verifier(num_workers=1, time_limit=3.0) as verifier, copy.deepcopy(verifier) as twin:
+        verifier.verify([("1/2", "0.5")])
+        assert (twin.num_workers, twin.time_limit) == (1, 3.0)
         assert twin._pool is not verifier._pool and not twin._pool._workers
 
 
 def test_plain_answers_reach_three_hundred_verdicts_a_second(verifier):
     pairs = [(f"{number}/7", rf"\frac{{{number}}}{{7}}") for number in range(300)]
-    verifier.verify(pairs[:2])
-    began = time.monotonic()
+    verifier.verify([("1/2", "0.5"), ("1/2", "0.50")])
+    processes = [psutil.Process(), *(psutil.Process(worker._process.pid) for worker in verifier._pool._workers)]
+    began = sum(sum(process.cpu_times()[:2]) for process in processes)
     assert set(verifier.verify(pairs)) == {RIGHT}
-    assert time.monotonic() - began < 1.0
+    cpu_seconds = sum(sum(process.cpu_times()[:2]) for process in processes) - began
+    assert 300 / (cpu_seconds / 2) > 300, "on two cores; CPU time, because other tests may share them"
 
 
 @pytest.mark.parametrize(("option", "value"), [("num_workers", 0), ("time_limit", 0), ("time_limit", float("inf"))])

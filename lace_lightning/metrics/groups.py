@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lace_lightning.decoding.group import Group
 from lace_lightning.diversity import edit_diversity, embedding_diversity
 from lace_lightning.embedding import Embedder
 from lace_lightning.metrics.names import GROUP_METRICS
 from lace_lightning.rewards import is_best_correct
 from lace_lightning.tasks import Verdict
+
+if TYPE_CHECKING:
+    from lace_lightning.decoding.group import Group
 
 
 class GroupMetrics(Metric):

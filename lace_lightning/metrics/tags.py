@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lace_lightning.decoding.group import Group
 from lace_lightning.tasks import Verdict
 from lace_lightning.traces.schema import Tag
+
+if TYPE_CHECKING:
+    from lace_lightning.decoding.group import Group
 
 VERDICTS = tuple(Verdict)
 """Rows of the confusion matrix."""
