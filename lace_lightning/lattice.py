@@ -49,7 +49,7 @@ class Topology:
             )
 
     def allows(self, query: Tensor, key: Tensor, num_threads: int) -> Tensor:
-        """Whether time-major position ``query`` may read ``key``; broadcasts, pure index arithmetic (a ``mask_mod``)."""
+        """Whether time-major position ``query`` may read ``key``; pure index arithmetic that broadcasts."""
         query_time, key_time = query // num_threads, key // num_threads
         if self.scope == "aligned":
             allowed = key_time == query_time
@@ -186,8 +186,9 @@ class Lattice:
     def apply(self, exchange: Exchange, layer_idx: int, hidden: Tensor) -> Tensor:
         """Add what the exchange says to the participating positions of ``hidden`` (B*N, skip + L, D)."""
         batch, num_threads, columns = self.visible.shape
-        rows = hidden[:, self.skip :].reshape(batch, num_threads, columns, -1)
-        read = exchange(rows, self, layer_idx)
-        # where, not a product: what invisible positions computed may be anything, also not finite.
-        rows = torch.where(self.visible[..., None], rows + read, rows).view(batch * num_threads, columns, -1)
+        rows = hidden[:, self.skip :].reshape(batch, num_threads, columns, hidden.shape[-1])
+        visible = self.visible[..., None]
+        # What invisible positions computed may be anything, also not finite: a zero weight would not keep it out.
+        read = exchange(rows.masked_fill(~visible, 0.0), self, layer_idx)
+        rows = torch.where(visible, rows + read, rows).reshape(batch * num_threads, columns, hidden.shape[-1])
         return rows if self.skip == 0 else torch.cat([hidden[:, : self.skip], rows], dim=1)
