@@ -146,7 +146,7 @@ def test_hung_workers_are_dead_afterwards_and_replaced(shouters):
     assert len(before) == 2 and all(process.returncode == -signal.SIGKILL for process in before)
 
 
-def test_workers_that_died_while_idle_cost_no_item(shouters):
+def test_workers_that_died_idle_or_starting_cost_no_item(shouters):
     shouters.map(["a", "b"])
     for worker in shouters._workers:
         os.kill(worker._process.pid, signal.SIGKILL)

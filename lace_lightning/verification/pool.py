@@ -16,6 +16,9 @@ from typing import Any
 START_LIMIT = 120.0
 """Seconds that a worker may take to start: the imports, on a busy machine."""
 
+MAX_FAILED_STARTS = 3
+"""Starts in a row that may fail: one may be bad luck, such as a machine short of memory."""
+
 
 class WorkerPool:
     """Sends JSON values to worker processes, one at a time each, and kills those that take too long.
@@ -36,6 +39,7 @@ class WorkerPool:
         self.num_workers = num_workers
         self.time_limit = time_limit
         self._workers: list[_Worker] = []
+        self._failed_starts = 0
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _discard_all, self._workers)  # runs at exit, too
 
@@ -43,7 +47,8 @@ class WorkerPool:
         """Replies to the jobs, in order; None where a worker hung or died.
 
         Raises:
-            RuntimeError: a worker ended, or was silent for :data:`START_LIMIT`, before it was ready.
+            RuntimeError: :data:`MAX_FAILED_STARTS` workers in a row ended, or were silent for :data:`START_LIMIT`,
+                before they were ready.
         """
         replies: list[Any | None] = [None] * len(jobs)
         waiting = deque(range(len(jobs)))
@@ -83,16 +88,24 @@ class WorkerPool:
         for worker in pending:
             is_alive = worker.output not in readable or worker.receive()
             if worker.has_replied:
-                if worker.job is not None:
+                if worker.job is None:
+                    self._failed_starts = 0
+                else:
                     replies[worker.job] = worker.reply()
                 worker.rest()
             elif not is_alive or time.monotonic() >= worker.deadline:
                 self._discard(worker)
                 if worker.job is None:
-                    raise RuntimeError(
-                        "a worker process ended or was silent before it was ready: run the command "
-                        f"{' '.join(self.command)!r} to see why"
-                    )
+                    self._count_failed_start()
+
+    def _count_failed_start(self) -> None:
+        self._failed_starts += 1
+        if self._failed_starts == MAX_FAILED_STARTS:
+            self._failed_starts = 0
+            raise RuntimeError(
+                f"{MAX_FAILED_STARTS} worker processes in a row ended or were silent before they were ready: run the "
+                f"command {' '.join(self.command)!r} to see why"
+            )
 
     def _discard(self, worker: _Worker) -> None:
         self._workers.remove(worker)
