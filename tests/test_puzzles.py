@@ -1,6 +1,7 @@
 """What holds for every puzzle: reproducible problems, disjoint splits, traces that read back as they were meant."""
 
 import hashlib
+import pickle
 
 import pytest
 
@@ -97,6 +98,11 @@ def test_traces_are_the_same_for_ever(make):
     """Digest of 100 traces, written down once: independent of process, hash seed, platform and Python version."""
     traces = repr([make(seed=7).trace(i, 4, split) for i in range(50) for split in ("train", "test")])
     assert hashlib.sha256(traces.encode()).hexdigest()[:16] == GOLDEN[make.__name__]
+
+
+def test_a_worker_process_can_be_handed_a_puzzle(puzzle):
+    """DataLoader workers that are spawned, not forked, receive it pickled."""
+    assert pickle.loads(pickle.dumps(puzzle)).trace(3, 4) == puzzle.trace(3, 4)
 
 
 def test_unknown_splits_and_empty_groups_are_refused(puzzle):

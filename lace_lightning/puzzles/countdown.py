@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from lace_lightning.puzzles.countdown_solver import Step, naturals, paths, terms_of
+from lace_lightning.puzzles.countdown_solver import Naturals, Step, paths, terms_of
 from lace_lightning.puzzles.division import assess, divide_search
 from lace_lightning.puzzles.expression import parse_expression
 from lace_lightning.puzzles.word_puzzle import HIT, MISS, WordPuzzle, check_sizes, split_of
@@ -71,7 +71,7 @@ class Countdown(WordPuzzle):
         self.numbers = numbers
         self.max_number = max_number
         self.tries = tries
-        self._combine = naturals(max_value)
+        self._combine = Naturals(max_value)
         self._excluded = set() if exclude is None else _read_keys(exclude)
 
     def problem(self, index: int, split: str = "train") -> Problem:

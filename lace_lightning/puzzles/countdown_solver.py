@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
 from typing import NamedTuple
@@ -46,21 +47,22 @@ def rationals(a: Term, b: Term) -> Iterator[tuple[Term, str, Term, Fraction]]:
         yield b, "/", a, y / x
 
 
-def naturals(max_value: int) -> Combine:
+@dataclass(frozen=True)
+class Naturals:
     """Every result of two natural terms that is a natural number up to ``max_value`` itself; smaller into larger."""
 
-    def combine(a: Term, b: Term) -> Iterator[tuple[Term, str, Term, int]]:
+    max_value: int
+
+    def __call__(self, a: Term, b: Term) -> Iterator[tuple[Term, str, Term, int]]:
         high, low = (a, b) if a.value >= b.value else (b, a)
         x, y = int(high.value), int(low.value)
-        if x + y <= max_value:
+        if x + y <= self.max_value:
             yield a, "+", b, x + y
         yield high, "-", low, x - y
-        if x * y <= max_value:
+        if x * y <= self.max_value:
             yield a, "*", b, x * y
         if y and x % y == 0:
             yield high, "/", low, x // y
-
-    return combine
 
 
 def paths(terms: Sequence[Term], combine: Combine) -> Iterator[tuple[Step, ...]]:
@@ -80,7 +82,7 @@ def solutions(numbers: Iterable[int], target: int, combine: Combine = rationals)
     """Every expression, one per path, that uses each number exactly once and equals ``target``.
 
     >>> next(solutions([30, 100, 93], 23))
-    '93 + ( 30 - 100 )'
+    '( 30 - 100 ) + 93'
     """
     for steps in paths(terms_of(numbers), combine):
         if steps and steps[-1].value == target:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,8 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
         ValueError: a word is empty, holds white space, stands twice or is a special token.
     """
     vocabulary = [*SPECIAL, *words]
-    bad = [word for word in words if word.split() != [word] or vocabulary.count(word) > 1]
+    counts = Counter(vocabulary)
+    bad = [word for word in words if word.split() != [word] or counts[word] > 1]
     if bad:
         raise ValueError(
             f"words={bad} of a puzzle's vocabulary are empty, repeated or hold white space: make each unique"
