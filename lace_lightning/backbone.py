@@ -11,7 +11,6 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
@@ -28,13 +27,18 @@ class BackboneError(ValueError):
     """A model cannot carry an exchange; the message says why."""
 
 
-def decoder_of(backbone: nn.Module) -> nn.Module:
+def causal_lm(backbone: Any) -> Any:
+    """The Hugging Face causal LM itself, taken out of a PEFT wrapper if it is in one."""
+    return backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
+
+
+def decoder_of(backbone: nn.Module) -> Any:
     """The decoder stack of a causal LM (also inside a PEFT wrapper); it has ``layers``.
 
     Raises:
         BackboneError: there is no such stack.
     """
-    base = backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
+    base = causal_lm(backbone)
     config = base.config
     if getattr(config, "is_encoder_decoder", False):
         raise BackboneError(f"{type(base).__name__} is an encoder-decoder: only decoder-only models can carry threads")
@@ -46,7 +50,7 @@ def decoder_of(backbone: nn.Module) -> nn.Module:
 
 def text_config(backbone: nn.Module) -> Any:
     """The configuration of the language model (inside a multimodal model: of its text part)."""
-    return backbone.config.get_text_config(decoder=True)
+    return causal_lm(backbone).config.get_text_config(decoder=True)
 
 
 def default_layers(num_layers: int) -> list[int]:
@@ -83,7 +87,7 @@ def connect(backbone: PreTrainedModel) -> None:
     Raises:
         BackboneError: the model's attention does not go through transformers' attention interface.
     """
-    base = backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
+    base = causal_lm(backbone)
     decoder = decoder_of(backbone)
     if not getattr(base, "_supports_attention_backend", False):
         raise BackboneError(
@@ -120,7 +124,7 @@ def _threaded_attention(inner: str) -> Callable[..., tuple[Tensor, Tensor | None
     """The attention implementation ``inner`` followed by the layer's exchange."""
 
     def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         lattice = kwargs.pop("lattice", None)
         # "eager" is no registered name: every modelling file brings its own (Gemma 2 caps its scores there).

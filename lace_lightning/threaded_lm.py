@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lace_lightning.backbone import (
     BackboneError,
+    causal_lm,
     check_layers,
     connect,
     decoder_of,
@@ -146,8 +147,8 @@ class ThreadedLM(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of the decoder's output (..., D), with the final soft cap of Gemma 2 and its kin."""
-        logits = self._base.get_output_embeddings()(hidden)
-        cap = getattr(text_config(self._base), "final_logit_softcapping", None)
+        logits = causal_lm(self.backbone).get_output_embeddings()(hidden)
+        cap = getattr(text_config(causal_lm(self.backbone)), "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def run(self, input_ids: Tensor, attention_mask: Tensor, lattice: Lattice | None, **kwargs: Any) -> Tensor:
@@ -186,10 +187,6 @@ class ThreadedLM(nn.Module):
     def exchange_at(self) -> dict[int, Exchange]:
         """Layer index -> exchange block."""
         return {int(i): cast(Exchange, block) for i, block in self.exchanges.items()}
-
-    @property
-    def _base(self) -> PreTrainedModel:
-        return self.backbone.get_base_model() if hasattr(self.backbone, "get_base_model") else self.backbone
 
     # ---------------------------------------------------------------- generation
 
@@ -247,7 +244,7 @@ class ThreadedLM(nn.Module):
 
     @torch.no_grad()
     def _probe(self) -> None:
-        """Run one token and see that every exchange is reached at its width, and that the head is what we think it is."""
+        """Run one token: every exchange must be reached at its width, and the head be a mere projection."""
         parameter = next(self.backbone.parameters())
         if parameter.is_meta:
             return
@@ -256,7 +253,7 @@ class ThreadedLM(nn.Module):
             block.register_forward_pre_hook(lambda _, args: reached.append(args[2]))
             for block in self.exchanges.values()
         ]
-        name, training = type(self._base).__name__, self.backbone.training
+        name, training = type(causal_lm(self.backbone)).__name__, self.backbone.training
         ids = torch.zeros(1, 1, 1, dtype=torch.long, device=parameter.device)
         self.backbone.eval()
         try:

@@ -1,0 +1,17 @@
+"""LightningModules, one per stage."""
+
+from lace_lightning.modules.base import DecodingSpec, SampledGroups, ThreadedModule
+from lace_lightning.modules.lattice_grpo import LatticeGRPO
+from lace_lightning.modules.optimizer import OptimizerSpec
+from lace_lightning.modules.trace_stages import BackbonePretraining, ContinuedPretraining, SupervisedFinetuning
+
+__all__ = [
+    "BackbonePretraining",
+    "ContinuedPretraining",
+    "DecodingSpec",
+    "LatticeGRPO",
+    "OptimizerSpec",
+    "SampledGroups",
+    "SupervisedFinetuning",
+    "ThreadedModule",
+]

@@ -37,19 +37,19 @@ def to_groups(
     groups = []
     for index, (problem, seed) in enumerate(zip(problems, seeds, strict=True)):
         rows = zip(*(part[index] for part in response), finished[index], strict=True)
-        threads = tuple(_to_thread(*row, tokenizer=tokenizer, opening=opening) for row in rows)
+        threads = tuple(_to_thread(tokenizer, opening, *row) for row in rows)
         groups.append(Group(problem, threads, seed))
     return groups
 
 
 def _to_thread(
+    tokenizer: PreTrainedTokenizerBase,
+    opening: list[int],
     ids: list[int],
     written: list[bool],
     forced: list[bool],
     logprobs: list[float],
     finished: bool,
-    tokenizer: PreTrainedTokenizerBase,
-    opening: list[int],
 ) -> Thread:
     columns = [column for column, real in enumerate(written) if real]
     tokens = [ids[column] for column in columns]
@@ -73,7 +73,7 @@ def _to_thread(
 
 
 def _spell(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True)
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _find(needle: list[int], haystack: list[int]) -> int | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: LatticeMask) -> Tensor:
 
 
 @cache
-def _flex_attention(compiled: bool) -> Callable[..., Tensor]:
+def _flex_attention(compiled: bool) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention

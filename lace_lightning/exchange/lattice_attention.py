@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,8 @@ class LatticeAttention(Exchange):
     def __init__(self, config: LatticeAttentionConfig, geometry: Geometry) -> None:
         super().__init__()
         self.config = config
-        r, factory = config.width, {"dtype": geometry.dtype, "device": geometry.device}
+        r = config.width
+        factory: dict[str, Any] = {"dtype": geometry.dtype, "device": geometry.device}
         self.down = nn.Linear(geometry.attention_width, r, bias=False, **factory)
         self.qkv = nn.Linear(r, 3 * r, bias=False, **factory)
         self.gate = nn.Linear(2 * r, r, **factory)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -50,7 +50,7 @@ class SameStepExchange(Exchange):
     def __init__(self, config: SameStepConfig, geometry: Geometry) -> None:
         super().__init__()
         self.config = config
-        factory = {"dtype": geometry.dtype, "device": geometry.device}
+        factory: dict[str, Any] = {"dtype": geometry.dtype, "device": geometry.device}
         self.norm = nn.RMSNorm(geometry.hidden_size, **factory)
         self.qkv = nn.Linear(geometry.hidden_size, 3 * config.width, bias=False, **factory)
         self.up = nn.Linear(config.width, geometry.hidden_size, bias=False, **factory)

@@ -1,0 +1,271 @@
+"""What the stages share: the model, its weights' origin, sampling groups, and one validation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lace_lightning.checkpoints import TRAINED, CheckpointError, initialise
+from lace_lightning.datamodules.base import GroupData
+from lace_lightning.decoding import Group, Rollout, Sampling, group_seed, make_decoder, to_groups
+from lace_lightning.embedding import Embedder, NgramEmbedder
+from lace_lightning.metrics import GroupMetrics, TagConfusion
+from lace_lightning.metrics.names import TAG_METRICS
+from lace_lightning.model_spec import ModelSpec
+from lace_lightning.modules.optimizer import OptimizerSpec
+from lace_lightning.tasks import Verdict
+from lace_lightning.threaded_lm import ThreadedLM
+from lace_lightning.traces.schema import Problem
+
+SETTINGS = "lace_settings"
+"""Key of a checkpoint: the settings of the run that wrote it, as JSON."""
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class DecodingSpec:
+    """How groups are sampled.
+
+    Args:
+        max_new_tokens: most columns after the prompt; ``data.max_length`` limits them too.
+        sampling: temperature and truncation.
+        barrier: threads wait for each other once they have opened their closing assessment.
+        num_threads: N; null: the model's. Another number tests how far coordination transfers.
+        seed: groups are a function of it, of the problem and of the weights.
+    """
+
+    max_new_tokens: int = 256
+    sampling: Sampling = field(default_factory=Sampling)
+    barrier: bool = True
+    num_threads: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SampledGroups:
+    """Decoded groups with the verdicts (B, N) on their threads and, for training, their tensors."""
+
+    groups: list[Group]
+    verdicts: list[list[Verdict]]
+    rollout: Rollout
+
+
+class ThreadedModule(LightningModule):
+    """Base of the stages; a subclass says what learns (:meth:`trainable`) and from what (``training_step``).
+
+    The model is built when the trainer has its DataModule, whose tokenizer it needs.
+
+    Args:
+        spec: backbone and exchange.
+        optimizer: AdamW's settings.
+        validation: how groups are sampled in validation, test and prediction.
+        init_from: checkpoints of earlier stages whose weights this run starts from, in order, later ones winning. Not
+            to be confused with ``--ckpt_path``, which resumes a run.
+        embedder: embeds thoughts for ``expl``.
+    """
+
+    stage: ClassVar[str]
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        optimizer: OptimizerSpec | None = None,
+        validation: DecodingSpec | None = None,
+        init_from: Sequence[str] = (),
+        embedder: Embedder | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.optimizer_spec = optimizer or OptimizerSpec()
+        self.validation = validation or DecodingSpec()
+        self.init_from = list(init_from)
+        self.model: ThreadedLM | None = None
+        embedder = embedder or NgramEmbedder()
+        self.group_metrics = nn.ModuleDict({name: GroupMetrics(embedder) for name in ("val", "test")})
+        self.tag_metrics = nn.ModuleDict({name: TagConfusion() for name in ("val", "test")})
+
+    # ---------------------------------------------------------------- the model and its weights
+
+    @property
+    def data(self) -> GroupData:
+        """The DataModule of this run."""
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, GroupData):
+            raise TypeError(f"{self.stage} needs a DataModule of lace_lightning.datamodules, not {type(data).__name__}")
+        return data
+
+    def setup(self, stage: str) -> None:
+        if self.data.num_threads != self.spec.num_threads:
+            raise ValueError(
+                f"data.num_threads={self.data.num_threads} and model.spec.num_threads={self.spec.num_threads} differ: "
+                "give both the same N"
+            )
+
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        self.model = self.spec.build(self.data.tokenizer)
+        initialise(self, self.init_from)
+        learning = {id(p) for p in self.trainable(self.model)}
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(id(parameter) in learning)
+        if not learning and self.trainer.training:
+            raise ValueError(f"{self.stage} has nothing to train: exchange {self.spec.exchange} has no parameters")
+        self._announce(self.model)
+
+    def trainable(self, model: ThreadedLM) -> Iterator[nn.Parameter]:
+        """The parameters that learn in this stage."""
+        return model.parameters()
+
+    def _announce(self, model: ThreadedLM) -> None:
+        counts = model.parameter_counts()
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        rank_zero_info(
+            f"{self.stage}: backbone {counts['backbone']:,} parameters, exchange {counts['exchange']:,} "
+            f"({counts['exchange'] / counts['backbone']:.2%} extra) on layers {model.layers}; {trained:,} learn"
+        )
+
+    def on_fit_start(self) -> None:
+        assert self.model is not None
+        if self.logger is not None:
+            counts = {f"parameters/{name}": count for name, count in self.model.parameter_counts().items()}
+            self.logger.log_hyperparams(counts)
+
+    def trained_names(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load what this stage trains; anything missing or foreign is an error."""
+        trained = self.trained_names()
+        if missing := sorted(trained - set(state_dict)):
+            raise CheckpointError(f"the checkpoint lacks {len(missing)} trained tensors, {missing[0]} among them")
+        if foreign := sorted(set(state_dict) - set(self.state_dict())):
+            raise CheckpointError(f"the checkpoint has {foreign[0]}, which this model lacks")
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = self.trained_names()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint[TRAINED] = sorted(trained)
+        checkpoint[SETTINGS] = json.dumps(self.settings())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if not self.trainer.training:
+            return
+        then, now = json.loads(checkpoint.get(SETTINGS, "{}")), self.settings()
+        if changed := [name for name in now if then.get(name) != now[name]]:
+            differences = "; ".join(f"{name} was {then.get(name)} and is {now[name]}" for name in changed)
+            raise CheckpointError(
+                f"--ckpt_path resumes a run as it was, but {differences}. To start a new run from these weights, "
+                "give the file as --model.init_from instead"
+            )
+
+    def settings(self) -> dict[str, str]:
+        """Everything that shapes the numbers of this run, flat: what a resumed run must agree on."""
+        parts = {"stage": self.stage, "spec": self.spec, "optimizer": self.optimizer_spec}
+        return dict(_flatten(parts))
+
+    def configure_optimizers(self) -> Any:
+        optimizer, scheduler = self.optimizer_spec.build(self.parameters(), self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def check_finite(self, loss: Tensor) -> None:
+        """Raise before a bad loss reaches the weights."""
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"{self.stage}: the loss is {loss.item()} at step {self.global_step}. Look at the last batch; lower "
+                "model.optimizer.lr, raise its warmup_steps, or set trainer.gradient_clip_val"
+            )
+
+    # ---------------------------------------------------------------- sampling and validation
+
+    @torch.no_grad()
+    def sample(self, problems: Sequence[Problem], spec: DecodingSpec, seeds: Sequence[int]) -> SampledGroups:
+        """Decode one group per problem and judge its threads; the model's mode is kept."""
+        assert self.model is not None
+        data = self.data
+        prompts = [data.task.template.encode_prompt(problem.text, data.tokenizer) for problem in problems]
+        room = data.max_length - max(len(prompt) for prompt in prompts)
+        num_threads = spec.num_threads or self.spec.num_threads
+        decoder = make_decoder(
+            self.model, data.tokenizer, data.task.template, min(spec.max_new_tokens, room), spec.sampling, spec.barrier
+        )
+        environment = data.task.environment(problems, num_threads, data.tokenizer)
+        was_training = self.model.training
+        self.model.eval()
+        rollout = decoder.decode(prompts, num_threads, seeds, environment)
+        self.model.train(was_training)
+        groups = to_groups(rollout, problems, seeds, data.tokenizer, data.task.template)
+        flat = data.task.judge([(group.problem, thread) for group in groups for thread in group.threads])
+        verdicts = [flat[i : i + num_threads] for i in range(0, len(flat), num_threads)]
+        return SampledGroups(groups, verdicts, rollout)
+
+    def validation_step(self, batch: list[Problem], batch_idx: int) -> dict[str, SampledGroups]:
+        return {"sampled": self._evaluate("val", batch)}
+
+    def test_step(self, batch: list[Problem], batch_idx: int) -> dict[str, SampledGroups]:
+        return {"sampled": self._evaluate("test", batch)}
+
+    def predict_step(self, batch: list[Problem], batch_idx: int) -> SampledGroups:
+        return self.sample(batch, self.validation, self._validation_seeds(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def _evaluate(self, name: str, batch: list[Problem]) -> SampledGroups:
+        sampled = self.sample(batch, self.validation, self._validation_seeds(batch))
+        for metric in self.evaluation_metrics(name):
+            metric.update(sampled.groups, sampled.verdicts)
+        return sampled
+
+    def _validation_seeds(self, batch: Sequence[Problem]) -> list[int]:
+        return [group_seed("validation", self.validation.seed, problem.id) for problem in batch]
+
+    def _log_evaluation(self, name: str) -> None:
+        """Log the means; callbacks may still read the metrics' states, which the next epoch's start clears."""
+        group_metrics, tag_metrics = self.evaluation_metrics(name)
+        metrics = group_metrics.compute()
+        self.log_dict({f"{name}/{metric}": value for metric, value in metrics.items()}, prog_bar=False)
+        family = "tags" if name == "val" else f"{name}/tags"
+        adherence = tag_metrics.compute()
+        self.log_dict({f"{family}/{metric}": adherence[metric] for metric in TAG_METRICS})
+
+    def on_validation_epoch_start(self) -> None:
+        self._reset_evaluation("val")
+
+    def on_test_epoch_start(self) -> None:
+        self._reset_evaluation("test")
+
+    def _reset_evaluation(self, name: str) -> None:
+        for metric in self.evaluation_metrics(name):
+            metric.reset()
+
+    def evaluation_metrics(self, name: str) -> tuple[GroupMetrics, TagConfusion]:
+        """The metrics of ``val`` or ``test``, holding what the last epoch saw."""
+        return cast(GroupMetrics, self.group_metrics[name]), cast(TagConfusion, self.tag_metrics[name])
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, repr) of every leaf of nested dicts and dataclasses."""
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif is_dataclass(value):
+        items = [("type", type(value).__name__), *((f.name, getattr(value, f.name)) for f in fields(value))]
+    else:
+        yield prefix, repr(value)
+        return
+    for name, part in items:
+        yield from _flatten(part, f"{prefix}.{name}" if prefix else str(name))

@@ -1,0 +1,240 @@
+"""Lattice GRPO (LACE.md §6.3): one reward and one advantage per group, shared by all tokens of all its threads.
+
+Left out of GRPO on purpose: a value network, a reference model unless the KL term asks for it, and importance weights
+between samplers, since the trainer samples with its own weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lace_lightning.decoding import Rollout, group_seed
+from lace_lightning.embedding import Embedder
+from lace_lightning.model_spec import ModelSpec
+from lace_lightning.modules.base import DecodingSpec, SampledGroups, ThreadedModule
+from lace_lightning.modules.optimizer import OptimizerSpec
+from lace_lightning.policy_loss import LossOutput, PolicyLoss
+from lace_lightning.rewards import AccuracyReward, Reward, group_advantages, total_reward
+from lace_lightning.threaded_lm import ThreadedLM
+from lace_lightning.traces.schema import Problem
+
+
+class LatticeGRPO(ThreadedModule):
+    """Samples G groups of N threads per problem and raises the probability of the better ones.
+
+    Args:
+        spec, optimizer, validation, init_from, embedder: see :class:`~lace_lightning.modules.base.ThreadedModule`.
+        rollout: how training groups are sampled.
+        rewards: parts of the group's reward; null: accuracy alone.
+        loss: averaging, clipping and KL.
+        groups_per_problem: G.
+        advantage_scale: ``none``, or ``std`` to divide by the standard deviation over the G groups.
+        passes: optimisation passes over each rollout.
+        minibatches: optimizer steps per pass, each on its share of the groups.
+        microbatch_size: groups per forward and backward pass, to bound memory; null: a minibatch at once.
+        gradient_clip: largest norm of the gradient; 0 leaves it.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    stage = "LatticeGRPO"
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        optimizer: OptimizerSpec | None = None,
+        validation: DecodingSpec | None = None,
+        init_from: Sequence[str] = (),
+        embedder: Embedder | None = None,
+        rollout: DecodingSpec | None = None,
+        rewards: list[Reward] | None = None,
+        loss: PolicyLoss | None = None,
+        groups_per_problem: int = 8,
+        advantage_scale: Literal["none", "std"] = "none",
+        passes: int = 1,
+        minibatches: int = 1,
+        microbatch_size: int | None = None,
+        gradient_clip: float = 1.0,
+    ) -> None:
+        super().__init__(spec, optimizer, validation, init_from, embedder)
+        if groups_per_problem < 2:
+            raise ValueError(f"model.groups_per_problem={groups_per_problem}: an advantage compares at least 2 groups")
+        if min(passes, minibatches, microbatch_size or 1) < 1 or gradient_clip < 0:
+            raise ValueError(
+                f"model: passes={passes}, minibatches={minibatches} and microbatch_size={microbatch_size} must be at "
+                f"least 1, gradient_clip={gradient_clip} at least 0"
+            )
+        self.automatic_optimization = False
+        self.rollout = rollout or DecodingSpec()
+        self.rewards = rewards or [AccuracyReward()]
+        self.loss = loss or PolicyLoss()
+        self.groups_per_problem = groups_per_problem
+        self.advantage_scale: Literal["none", "std"] = advantage_scale
+        self.passes, self.minibatches, self.microbatch_size = passes, minibatches, microbatch_size
+        self.gradient_clip = gradient_clip
+        self._reference: list[ThreadedLM] = []  # in a list, so that it is neither trained, moved nor saved
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.loss.kl_weight and not self._reference:
+            assert self.model is not None
+            self._reference = [copy.deepcopy(self.model).requires_grad_(False).eval()]
+
+    def settings(self) -> dict[str, str]:
+        names = ("loss", "rollout", "groups_per_problem", "advantage_scale", "passes", "minibatches", "gradient_clip")
+        return super().settings() | {name: repr(getattr(self, name)) for name in names}
+
+    def training_step(self, batch: list[Problem], batch_idx: int) -> dict[str, Any]:
+        """Sample, reward, and take ``passes * minibatches`` optimizer steps."""
+        clock = _Clock(self.device)
+        problems = [problem for problem in batch for _ in range(self.groups_per_problem)]
+        with clock.measure("rollout"):
+            sampled = self.sample(problems, self.rollout, self._rollout_seeds(problems))
+        with clock.measure("reward"):
+            rewards, parts = total_reward(self.rewards, sampled.groups, sampled.verdicts)
+            by_problem = rewards.view(len(batch), self.groups_per_problem)
+            advantages = group_advantages(by_problem, self.advantage_scale).flatten().to(self.device)
+        with clock.measure("update"):
+            outputs = self._optimise(sampled.rollout, advantages)
+        self._log_step(sampled, by_problem, parts | {"total": rewards}, outputs, clock)
+        return {"loss": outputs[-1].loss.detach(), "sampled": sampled}
+
+    def _rollout_seeds(self, problems: Sequence[Problem]) -> list[int]:
+        return [
+            group_seed("rollout", self.rollout.seed, self.global_step, problem.id, index % self.groups_per_problem)
+            for index, problem in enumerate(problems)
+        ]
+
+    # ---------------------------------------------------------------- optimisation
+
+    def _optimise(self, rollout: Rollout, advantages: Tensor) -> list[LossOutput]:
+        """All optimizer steps on one rollout; the outputs of each."""
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        length = rollout.input_ids.shape[-1] - rollout.prompt_length
+        old = reference = None
+        if self.passes * self.minibatches > 1:
+            old = self._score_all(self._model(), rollout)
+        if self._reference:
+            reference = self._score_all(self._reference[0].to(self.device), rollout)
+        # Fixed by the run's seed and step, so that a resumed run draws the same minibatches.
+        generator = torch.Generator().manual_seed(group_seed("minibatches", self.rollout.seed, self.global_step))
+        outputs = []
+        for _ in range(self.passes):
+            order = torch.randperm(len(advantages), generator=generator).to(self.device)
+            for groups in order.tensor_split(self.minibatches):
+                weights = self.loss.token_weights(rollout.chosen[groups], length)
+                output = self._backward(rollout, groups, advantages, weights, old, reference)
+                self.check_finite(output.loss)
+                if self.gradient_clip:
+                    self.clip_gradients(optimizer, self.gradient_clip, "norm")  # type: ignore[arg-type]
+                optimizer.step()  # type: ignore[union-attr]
+                optimizer.zero_grad()  # type: ignore[union-attr]
+                scheduler.step()  # type: ignore[union-attr, call-arg]
+                outputs.append(output)
+        return outputs
+
+    def _backward(
+        self,
+        rollout: Rollout,
+        groups: Tensor,
+        advantages: Tensor,
+        weights: Tensor,
+        old: Tensor | None,
+        reference: Tensor | None,
+    ) -> LossOutput:
+        """Accumulate the gradient of one minibatch, a microbatch at a time; returns its summed outputs.
+
+        Groups with advantage 0 have no gradient (unless the KL term gives one) and are not computed at all; their
+        tokens still count in the averages.
+        """
+        learns = torch.ones_like(groups, dtype=torch.bool) if self.loss.kl_weight else advantages[groups] != 0
+        groups, weights = groups[learns], weights[learns]
+        totals = [torch.zeros((), device=self.device) for _ in LossOutput._fields]
+        size = self.microbatch_size or max(1, len(groups))
+        for micro, micro_weights in zip(groups.split(size), weights.split(size), strict=True):
+            if not len(micro):
+                continue
+            logprobs = self._score(self._model(), rollout, micro)
+            before = logprobs.detach() if old is None else old[micro]
+            then = None if reference is None else reference[micro]
+            output = self.loss(logprobs, before, advantages[micro], micro_weights, then)
+            self.manual_backward(output.loss)
+            totals = [total + part.detach() for total, part in zip(totals, output, strict=True)]
+        return LossOutput(*totals)
+
+    def _model(self) -> ThreadedLM:
+        assert self.model is not None
+        return self.model
+
+    def _score(self, model: ThreadedLM, rollout: Rollout, groups: Tensor) -> Tensor:
+        """(len(groups), N, L) log-probabilities of the chosen tokens, with the exchange on."""
+        return model.token_logprobs(
+            rollout.input_ids[groups], rollout.attention_mask[groups], rollout.chosen[groups], rollout.prompt_length
+        )
+
+    @torch.no_grad()
+    def _score_all(self, model: ThreadedLM, rollout: Rollout) -> Tensor:
+        everything = torch.arange(len(rollout.input_ids), device=self.device)
+        size = self.microbatch_size or len(everything)
+        return torch.cat([self._score(model, rollout, groups) for groups in everything.split(size)])
+
+    # ---------------------------------------------------------------- logging
+
+    def _log_step(
+        self,
+        sampled: SampledGroups,
+        rewards: Tensor,
+        parts: dict[str, Tensor],
+        outputs: list[LossOutput],
+        clock: _Clock,
+    ) -> None:
+        num_clipped = sum(output.num_clipped for output in outputs)
+        num_chosen = sum(output.num_chosen for output in outputs)
+        chosen = sampled.rollout.chosen
+        metrics = {f"reward/{name}": values.mean() for name, values in parts.items()} | {
+            "reward/tied_problems": (rewards.amax(1) == rewards.amin(1)).float().mean(),
+            "policy/loss": torch.stack([output.loss for output in outputs]).mean(),
+            "policy/clipped": num_clipped / max(1, num_chosen),
+            "policy/entropy": -sampled.rollout.logprobs[chosen].mean(),
+            "rollout/tokens": sampled.rollout.attention_mask[..., sampled.rollout.prompt_length :]
+            .float()
+            .sum((1, 2))
+            .mean(),
+            "rollout/truncated": 1 - sampled.rollout.finished.float().mean(),
+        }
+        if self.loss.kl_weight:
+            metrics["policy/kl"] = torch.stack([output.kl for output in outputs]).mean()
+        metrics |= {f"time/{name}": torch.tensor(share) for name, share in clock.shares().items()}
+        self.log_dict(metrics, batch_size=len(rewards))
+        self.log("train/reward", metrics["reward/total"], prog_bar=True, logger=False, batch_size=len(rewards))
+
+
+class _Clock:
+    """Shares of a step's wall-clock time; waits for the device, so that its work is counted where it belongs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self._seconds[name] = self._now() - start
+
+    def shares(self) -> dict[str, float]:
+        total = sum(self._seconds.values())
+        return {name: seconds / total for name, seconds in self._seconds.items()}
+
+    def _now(self) -> float:
+        if self._is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
