@@ -24,7 +24,7 @@ class Environment(ABC):
         """Take the tokens of one column and say what must stand in the next one.
 
         Args:
-            tokens: (B, N) long, the token ids that the threads just got, sampled or forced; undefined where not written.
+            tokens: (B, N) long, the token ids the threads just got, sampled or forced; undefined where not written.
             written: (B, N) bool, whether thread n really got a token in this column (not waiting, not ended).
 
         Returns:

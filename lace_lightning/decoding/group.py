@@ -1,4 +1,4 @@
-"""What group decoding returns: tensors for training (:class:`Rollout`), text for people and metrics (:class:`Group`)."""
+"""What group decoding returns: tensors to train on (:class:`Rollout`), text for people and metrics (:class:`Group`)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Thread:
         answer: the answer parsed from the assessment, or None.
         tag: the one tag of the assessment, or None if there is none or more than one.
         observations: what the environment wrote, in order.
-        token_ids, columns, logprobs, forced: per real token after the prompt: id, lattice time, log-probability, forced.
+        token_ids, columns, logprobs, forced: of each real token after the prompt: id, lattice time, log-probability, forced.
         finished: "eos" or "length".
     """
 

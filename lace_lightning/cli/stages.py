@@ -1,0 +1,83 @@
+"""``lace fit|validate|test|predict``: LightningCLI over our stages and DataModules."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+import lace_lightning
+from lace_lightning.callbacks import GracefulStop, SaveConfig
+from lace_lightning.cli.main import explain
+from lace_lightning.datamodules.base import GroupData
+from lace_lightning.modules import ThreadedModule
+from lace_lightning.tracking import MLflowLogger
+
+SHIPPED = Path(lace_lightning.__file__).parent
+"""Where ``configs/…`` is looked for when it is not under the working directory: inside the installed package."""
+
+
+class LaceCLI(LightningCLI):
+    """LightningCLI with our defaults. ``--ckpt_path`` resumes a run; weights to start from are ``model.init_from``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(GracefulStop, "graceful_stop")
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the command line as it is.
+
+        Lightning would silently replace it by the hyperparameters of ``--ckpt_path``; our modules refuse to resume
+        under other settings instead (:meth:`ThreadedModule.on_load_checkpoint`).
+        """
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one Lightning subcommand; returns the exit code."""
+    _quieten()
+    try:
+        build(arguments)
+    except (ValueError, TypeError, FileNotFoundError, ArithmeticError, RuntimeError) as error:
+        return explain(error)
+    return 0
+
+
+def build(arguments: Sequence[str], run: bool = True) -> LaceCLI:
+    """The CLI for the arguments; runs the subcommand unless told not to (then give no subcommand)."""
+    return LaceCLI(
+        ThreadedModule,
+        GroupData,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        trainer_defaults={"logger": {"class_path": f"{MLflowLogger.__module__}.MLflowLogger"}},
+        args=with_shipped_configs(arguments),
+        run=run,
+    )
+
+
+def with_shipped_configs(arguments: Sequence[str]) -> list[str]:
+    """Arguments in which a missing ``configs/….yaml`` is replaced by the one that the package ships."""
+
+    def find(argument: str) -> str:
+        flag, equals, path = argument.rpartition("=")
+        shipped = SHIPPED / path
+        is_missing = path.startswith("configs/") and not Path(path).exists() and shipped.exists()
+        return f"{flag}{equals}{shipped}" if is_missing else argument
+
+    return [find(argument) for argument in arguments]
+
+
+def _quieten() -> None:
+    """Leave out what a user can do nothing about."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
+
+
+__all__: list[Any] = ["LaceCLI", "build", "run", "with_shipped_configs"]
