@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from lace_lightning.traces.schema import TraceThread
-from lace_lightning.traces.tags import parse_answer, parse_tag
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,14 +95,18 @@ class Template:
         add([tokenizer.eos_token_id], Segment.TAG)
         return EncodedThread(ids, segments, assessment_start)
 
-    def split(self, text: str) -> tuple[str, str]:
-        """Decoded thread text as (thought, assessment); the assessment is empty if it was never opened. Never raises."""
-        thought, opening, assessment = text.partition(self.opening.strip())
-        return (thought, assessment) if opening else (text, "")
-
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False) if text else []
+    if len(text) > _SHORT:
+        return list(tokenizer.encode(text, add_special_tokens=False))
+    return list(_encode_short(text, tokenizer, len(tokenizer)))
 
 
-__all__ = ["EncodedThread", "Segment", "Template", "parse_answer", "parse_tag"]
+_SHORT = 64
+"""Pieces up to so many characters (tags, openings, verdicts, puzzle moves) recur; a tokenizer call costs 15 us each."""
+
+
+@lru_cache(maxsize=16_384)
+def _encode_short(text: str, tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> tuple[int, ...]:
+    """Token ids of a short piece; the size is part of the key because tokens may be added to a tokenizer."""
+    return tuple(tokenizer.encode(text, add_special_tokens=False)) if text else ()
