@@ -27,7 +27,7 @@ def test_traces_read_back_without_unknown_words(puzzle):
         for thread in trace.threads:
             ids = template.encode_thread(thread, tokenizer).ids
             assert tokenizer.unk_token_id not in ids
-            thought, assessment = template.split(tokenizer.decode(ids, skip_special_tokens=True))
+            thought, _, assessment = tokenizer.decode(ids, skip_special_tokens=True).partition(template.opening)
             assert thought.strip() == thread.text
             assert parse_answer(assessment) == thread.answer
             assert parse_tag(assessment) == thread.tag

@@ -48,7 +48,7 @@ class TraceThread:
         tag: its self-assessment.
         strategy: short name of the method that the thread follows; for diversity statistics only.
         origin: where the thread came from (teacher, solver, seed).
-        forced: half-open character spans ``(start, end)`` of ``text`` that an environment wrote; never a training target.
+        forced: half-open character spans ``(start, end)`` of ``text`` that an environment wrote; never a target.
     """
 
     text: str
