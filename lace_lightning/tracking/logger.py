@@ -228,7 +228,8 @@ class MLflowLogger(Logger):
             left = self._run.sender.close(FLUSH_SECONDS)
         except KeyboardInterrupt:  # a second Ctrl-C: the user will not wait
             left = SpoolReader(self._run.spool.folder).pending()
-        self._run.spool.close()
+        if not self._run.sender.is_busy:  # else the spool stays locked, lest `lace sync` send the same beside us
+            self._run.spool.close()
         if left:
             log.warning(
                 "%d records of run %s could not be sent to %s. Nothing is lost; when it answers again: lace sync %s",

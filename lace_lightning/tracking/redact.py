@@ -9,7 +9,7 @@ HIDDEN = "<hidden>"
 
 # `max_new_tokens`, `pad_token` and `tokenizer` are no secrets: a token is one only by its qualifier or all alone.
 _SECRET_WORD = (
-    r"(?:[\w-]*[_-])?(?:api_?key|password|passwd|secret|secret_?key|credentials?|private_?key|access_?key)"
+    r"(?:[\w-]*[_-])?(?:password|passwd|secret|credentials?|(?:api|secret|private|access)[_-]?key)"
     r"|(?:[\w-]*[_-])?(?:auth|access|api|hf|hub|bearer|refresh|session|secret|github|gitlab|wandb)[_-]token"
     r"|token"
 )

@@ -58,17 +58,20 @@ def _send_batch(client: MlflowClient, reader: SpoolReader, records: list[Record]
         if record["kind"] == "metrics"
         for key, value in record["values"].items()
     ]
-    params = {record["key"]: record["value"] for record in records if record["kind"] == "param"}
+    # A param with two values is in here twice: MLflow then refuses the batch, and of its records just the later one.
+    params = dict.fromkeys((record["key"], record["value"]) for record in records if record["kind"] == "param")
     tags = {record["key"]: record["value"] for record in records if record["kind"] == "tag"}
     client.log_batch(
         reader.run_id,
         metrics=metrics,
-        params=[Param(key, value) for key, value in params.items()],
+        params=[Param(key, value) for key, value in params],
         tags=[RunTag(key, value) for key, value in tags.items()],
     )
     for record in records:
         if record["kind"] == "artifact":
-            client.log_artifact(reader.run_id, str(reader.folder / record["file"]), record["folder"])
+            path = reader.folder / record["file"]
+            if path.exists():  # else it was sent before: copies are dropped only then
+                client.log_artifact(reader.run_id, str(path), record["folder"])
         elif record["kind"] == "status":
             client.set_terminated(reader.run_id, record["status"], record["time"])
 
@@ -82,7 +85,7 @@ def _is_refusal(error: Exception) -> bool:
     response = getattr(error, "response", None)  # requests.HTTPError of an artifact upload
     if response is not None:
         return response.status_code in (400, 413)
-    return isinstance(error, FileNotFoundError | PermissionError)  # an artifact's copy, or the folder it goes to
+    return isinstance(error, PermissionError)  # an artifact folder that is not ours to write
 
 
 class Sender:
@@ -100,7 +103,7 @@ class Sender:
     def start(self) -> None:
         """Make sure that the thread runs."""
         self._closing.clear()
-        if self._thread is None or not self._thread.is_alive():
+        if not self.is_busy:
             self._thread = threading.Thread(target=self._run, name="mlflow-sender", daemon=True)
             self._thread.start()
 
@@ -114,6 +117,11 @@ class Sender:
             self._thread.join(seconds)
         return self._reader.pending()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether the thread still runs, say in a request that hangs."""
+        return self._thread is not None and self._thread.is_alive()
+
     def _run(self) -> None:
         wait = SEND_SECONDS
         while True:
@@ -121,7 +129,7 @@ class Sender:
             wait = SEND_SECONDS if self._try_to_drain() else min(2 * wait, MAX_WAIT_SECONDS)
             if not closing:
                 continue
-            if not self._away or time.monotonic() > self._give_up_at:
+            if not self._away or time.monotonic() + _CLOSING_WAIT_SECONDS > self._give_up_at:
                 return
             time.sleep(_CLOSING_WAIT_SECONDS)
 

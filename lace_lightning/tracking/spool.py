@@ -18,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import threading
 import uuid
 from collections.abc import Iterator
@@ -113,10 +114,7 @@ class SpoolReader:
         replace_text(self._offset_path, str(end))
         for record in records:
             if record["kind"] == "artifact":
-                path = self.folder / record["file"]
-                path.unlink(missing_ok=True)
-                if path.parent.exists():
-                    path.parent.rmdir()
+                shutil.rmtree((self.folder / record["file"]).parent, ignore_errors=True)
 
     def pending(self) -> int:
         """Number of records that have not been acknowledged."""
@@ -130,7 +128,7 @@ class SpoolReader:
     def refuse(self, record: Record, reason: str) -> None:
         """Set a record aside that the server will never accept; its artifact's copy, if any, stays."""
         kept = dict(record)
-        if record["kind"] == "artifact" and (self.folder / record["file"]).exists():
+        if record["kind"] == "artifact":
             refused = self.folder / "refused" / record["file"]
             refused.parent.mkdir(parents=True, exist_ok=True)
             os.replace(self.folder / record["file"], refused)
