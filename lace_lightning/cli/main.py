@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 STAGES = {
-    "fit": "train a stage: lace fit --config configs/demo/sft.yaml",
+    "fit": "train a stage: lace fit --config configs/demo/base.yaml --config configs/demo/sft.yaml",
     "validate": "sample groups of the validation problems and print the metrics",
     "test": "the same on the test problems",
     "predict": "sample groups and write them as JSON lines",

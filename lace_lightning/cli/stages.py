@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -76,8 +75,7 @@ def with_shipped_configs(arguments: Sequence[str]) -> list[str]:
 def _quieten() -> None:
     """Leave out what a user can do nothing about."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended.*")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
-
-
-__all__: list[Any] = ["LaceCLI", "build", "run", "with_shipped_configs"]
+    tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    tips.addFilter(lambda record: "litlogger" not in record.getMessage())
