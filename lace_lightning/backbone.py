@@ -100,19 +100,24 @@ def connect(backbone: PreTrainedModel) -> None:
             raise BackboneError(f"attn_implementation={inner!r} cannot be wrapped: load the model with one of {INNER}")
         base.set_attn_implementation(PREFIX + inner)
     for layer_idx, layer in enumerate(decoder.layers):
-        layer.register_forward_hook(_layer_hook(layer_idx), with_kwargs=True)
+        # A backbone may serve several models (isolated and exchanging ones): a second hook would read twice.
+        if not any(isinstance(hook, _LayerHook) for hook in layer._forward_hooks.values()):
+            layer.register_forward_hook(_LayerHook(layer_idx), with_kwargs=True)
 
 
-def _layer_hook(layer_idx: int) -> Callable[..., Any]:
-    def read_at_layer_output(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        exchange, lattice = _exchange_at("layer", layer_idx, kwargs.get("lattice"))
+class _LayerHook:
+    """A forward hook that lets the exchange of this layer read at the layer's output."""
+
+    def __init__(self, layer_idx: int) -> None:
+        self._layer_idx = layer_idx
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        exchange, lattice = _exchange_at("layer", self._layer_idx, kwargs.get("lattice"))
         if exchange is None:
             return output
         hidden = output[0] if isinstance(output, tuple) else output
-        hidden = lattice.apply(exchange, layer_idx, hidden)
+        hidden = lattice.apply(exchange, self._layer_idx, hidden)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    return read_at_layer_output
 
 
 def _exchange_at(site: str, layer_idx: int, lattice: Lattice | None) -> tuple[Any, Any]:

@@ -244,7 +244,7 @@ class ThreadedLM(nn.Module):
 
     @torch.no_grad()
     def _probe(self) -> None:
-        """Run one token: every exchange must be reached at its width, and the head be a mere projection."""
+        """Run two tokens: every exchange must be reached at its width, and the head be a mere projection."""
         parameter = next(self.backbone.parameters())
         if parameter.is_meta:
             return
@@ -254,7 +254,7 @@ class ThreadedLM(nn.Module):
             for block in self.exchanges.values()
         ]
         name, training = type(causal_lm(self.backbone)).__name__, self.backbone.training
-        ids = torch.zeros(1, 1, 1, dtype=torch.long, device=parameter.device)
+        ids = torch.arange(2, device=parameter.device).view(1, 1, 2)  # two: the embedding of a padding token is zero
         self.backbone.eval()
         try:
             logits = self(ids)[0]
