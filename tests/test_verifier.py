@@ -131,6 +131,13 @@ def test_hostile_answers_are_never_right_and_never_raise():
         assert verifier.verify([("1/2", "0.5")]) == [RIGHT], "the workers must still be of use"
 
 
+def test_overlong_text_reaches_no_parser():
+    with Verifier() as verifier:
+        padded = "42" + " " * 1000
+        assert verifier.verify([("1/2", padded), (padded, "1/2"), ("42", "9" * 1_000_000)]) == [UNPARSABLE] * 3
+        assert not verifier._pool._workers
+
+
 def test_a_hung_or_dead_worker_loses_only_its_own_item(shouters):
     jobs = ["a", "hang", "b", "die", "c", "hang", "die", "d"]
     began = time.monotonic()
@@ -165,7 +172,7 @@ def test_a_reply_that_comes_after_an_interrupted_call_is_not_taken_for_a_later_o
         patch.setattr("lace_lightning.verification.pool.wait", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             shouters.map(["late"])
-    assert shouters.map(["b", "c"]) == ["B", "C"]
+    assert shouters.map(["die"]) == [None]
 
 
 def test_a_worker_program_that_does_not_start_is_an_error_that_names_it():
@@ -180,7 +187,10 @@ def test_a_worker_that_hangs_after_its_parent_died_ends_itself():
         assert worker.stdout.readline() == b'"ready"\n'
         worker.stdin.write(b'["1", "1"]\n')
         worker.stdin.close()
-        assert worker.wait(timeout=5) == -signal.SIGALRM
+        try:
+            assert worker.wait(timeout=5) == -signal.SIGALRM
+        finally:
+            worker.kill()
 
 
 def test_workers_end_with_the_verifier():
