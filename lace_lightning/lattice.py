@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -80,20 +79,27 @@ class LatticeMask:
     key_visible: Tensor
     first_query: int
     num_queries: int
+    _dense: Tensor | None = field(default=None, init=False)
+    _reads_anything: Tensor | None = field(default=None, init=False)
 
-    @cached_property
+    @property
     def dense(self) -> Tensor:
-        """(B, 1, Q, K) bool, True where the query reads the key."""
-        device = self.key_visible.device
-        query = torch.arange(self.first_query, self.first_query + self.num_queries, device=device)
-        key = torch.arange(self.key_visible.shape[1], device=device)
-        allowed = self.topology.allows(query[:, None], key[None, :], self.num_threads)
-        return allowed[None, None] & self.key_visible[:, None, None, :]
+        """(B, 1, Q, K) bool, True where the query reads the key; made once."""
+        # Not functools.cached_property: before Python 3.12 it takes a lock, which breaks the graphs of torch.compile.
+        if self._dense is None:
+            device = self.key_visible.device
+            query = torch.arange(self.first_query, self.first_query + self.num_queries, device=device)
+            key = torch.arange(self.key_visible.shape[1], device=device)
+            allowed = self.topology.allows(query[:, None], key[None, :], self.num_threads)
+            self._dense = allowed[None, None] & self.key_visible[:, None, None, :]
+        return self._dense
 
-    @cached_property
+    @property
     def reads_anything(self) -> Tensor:
-        """(B, 1, Q, 1) bool: rows whose softmax is not empty. An empty row reads exactly zero."""
-        return self.dense.any(-1, keepdim=True)
+        """(B, 1, Q, 1) bool: rows whose softmax is not empty; made once. An empty row reads exactly zero."""
+        if self._reads_anything is None:
+            self._reads_anything = self.dense.any(-1, keepdim=True)
+        return self._reads_anything
 
 
 class LatticeCache:

@@ -62,13 +62,13 @@ def test_gradient_checkpointing_keeps_loss_and_gradients(backbone, reentrant, ex
 
 
 @pytest.mark.parametrize("exchange", ["causal", "aligned-others", "same-step"])
-def test_a_compiled_backbone_keeps_the_exchange(exchange):
+def test_a_compiled_backbone_is_one_graph_and_keeps_the_exchange(exchange):
     torch._dynamo.reset()
     model, tokens = tiny_lm(EXCHANGES[exchange]), ragged_groups()
     expected = tokens.logits(model)
     without = tokens.logits(ThreadedLM(model.backbone))
     decoder = model.backbone.get_decoder()
-    decoder.forward = torch.compile(decoder.forward, backend="aot_eager")
+    decoder.forward = torch.compile(decoder.forward, backend="aot_eager", fullgraph=True)
     for shift in range(2):  # the second call meets a new Lattice, with other numbers in it
         longer = Tokens(tokens.input_ids.roll(shift, 0), tokens.attention_mask.roll(shift, 0), tokens.prompt_length)
         torch.testing.assert_close(longer.logits(model).roll(-shift, 0), expected, rtol=1e-5, atol=1e-4)
@@ -82,7 +82,7 @@ def test_a_compiled_backbone_has_the_same_gradients(exchange):
     model, tokens = tiny_lm(EXCHANGES[exchange]), ragged_groups()
     loss, gradients = loss_and_gradients(model, tokens)
     decoder = model.backbone.get_decoder()
-    decoder.forward = torch.compile(decoder.forward, backend="aot_eager")
+    decoder.forward = torch.compile(decoder.forward, backend="aot_eager", fullgraph=True)
     compiled_loss, compiled = loss_and_gradients(model, tokens)
     torch.testing.assert_close(compiled_loss, loss)
     for name, gradient in gradients.items():
