@@ -180,10 +180,13 @@ def test_environment_hardware_and_git_state_are_in_the_run(
 
 
 def test_params_are_not_cut_and_longer_ones_become_artifacts(logger: MLflowLogger, tmp_path: Path) -> None:
-    logger.log_hyperparams({"model": {"short": "x" * 6000, "long": "y" * 6001}, "steps": 3, "layers": [1, 2]})
+    logger.log_hyperparams(
+        {"model": {"short": "x" * 6000, "long": "y" * 6001}, "steps": 3, "layers": [1, 2], "token": "hush"}
+    )
     logger.finalize("success")
     params = run_of(logger).data.params
     assert params["model.short"] == "x" * 6000
+    assert params["token"] == HIDDEN
     assert params["steps"] == "3" and params["layers"] == "[1, 2]"
     assert "params/model.long.txt" in params["model.long"]
     assert artifact(logger, "params/model.long.txt", tmp_path) == "y" * 6001
@@ -263,6 +266,7 @@ def test_hanging_server_slows_neither_logging_nor_the_end(logger: MLflowLogger, 
     assert time.monotonic() - start < 0.5
     logger.finalize("failed")
     assert time.monotonic() - start < 2.0
+    assert "still" in replay(spool_of(logger)).problem  # the request that hangs may yet arrive
 
 
 def test_what_a_dead_server_missed_is_synced_later_and_only_once(
@@ -320,7 +324,8 @@ def test_record_that_mlflow_refuses_is_set_aside_and_blocks_nothing(
 
 
 def test_half_a_line_left_by_a_kill_is_not_read(tmp_path: Path) -> None:
-    Spool(tmp_path, "id", "uri").append({"kind": "tag", "key": "a", "value": "b"})
+    spool = Spool(tmp_path, "id", "uri")  # kept alive: a killed process closes nothing
+    spool.append({"kind": "tag", "key": "a", "value": "b"})
     with (tmp_path / "records.jsonl").open("a") as stream:
         stream.write('{"kind": "ta')
     records, end = SpoolReader(tmp_path).read()

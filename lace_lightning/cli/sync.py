@@ -15,7 +15,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--tracking_uri", default=None, help="the store, if it has moved or needs a password")
     arguments = parser.parse_args(argv)
 
-    from lace_lightning.tracking.replay import find_spools, replay
+    from lace_lightning.tracking.resend import find_spools, replay
 
     spools = find_spools(arguments.folder)
     if not spools:

@@ -28,7 +28,7 @@ _MLFLOW_SETTINGS = {
 }
 
 
-class TrackingError(ConnectionError):
+class TrackingError(RuntimeError):
     """The tracking store cannot be used; the message names it and the remedy."""
 
 
