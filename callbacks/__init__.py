@@ -1,6 +1,21 @@
 """Lightning callbacks: they decide when; what is computed are pure functions and metrics of the library."""
 
+from lace_lightning.callbacks.diversity import DiversityMonitor
+from lace_lightning.callbacks.gates import GateMonitor
 from lace_lightning.callbacks.graceful_stop import GracefulStop
+from lace_lightning.callbacks.group_writer import GroupWriter
+from lace_lightning.callbacks.samples import SampleGroups
 from lace_lightning.callbacks.save_config import SaveConfig
+from lace_lightning.callbacks.tags import TagMonitor
+from lace_lightning.callbacks.validation_table import ValidationTable
 
-__all__ = ["GracefulStop", "SaveConfig"]
+__all__ = [
+    "DiversityMonitor",
+    "GateMonitor",
+    "GracefulStop",
+    "GroupWriter",
+    "SampleGroups",
+    "SaveConfig",
+    "TagMonitor",
+    "ValidationTable",
+]

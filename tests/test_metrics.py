@@ -202,7 +202,7 @@ def test_two_processes_get_the_metrics_of_one_also_with_ragged_shares(tmp_path):
 
 def test_the_docs_list_exactly_the_metric_names_of_the_code_with_their_meaning():
     page = (Path(__file__).parents[1] / "docs/metrics.md").read_text()
-    rows = dict(re.findall(r"^\| `([\w/]+)` \| (.*) \|$", page, flags=re.MULTILINE))
+    rows = dict(re.findall(r"^\| `([\w/<>]+)` \| (.*) \|$", page, flags=re.MULTILINE))
     assert rows == DESCRIPTIONS
 
 

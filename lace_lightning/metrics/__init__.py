@@ -2,6 +2,8 @@
 
 from lace_lightning.metrics.groups import GroupMetrics
 from lace_lightning.metrics.names import DESCRIPTIONS
+from lace_lightning.metrics.readings import ReadingMaps, ReadingMetrics
+from lace_lightning.metrics.summary import EvaluationSummary
 from lace_lightning.metrics.tags import TagConfusion
 
-__all__ = ["DESCRIPTIONS", "GroupMetrics", "TagConfusion"]
+__all__ = ["DESCRIPTIONS", "EvaluationSummary", "GroupMetrics", "ReadingMaps", "ReadingMetrics", "TagConfusion"]

@@ -26,11 +26,69 @@ REWARD_METRICS = {
     "accuracy": "AccuracyReward before its weight, mean over groups",
     "format": "FormatReward before its weight, mean over groups",
     "diversity": "DiversityReward before its weight, mean over groups",
+    "<name>": "any other reward before its weight, mean over groups",
+    "tied_problems": "share of problems whose groups all got the same reward, so that nothing is learned from them",
 }
 """Rewards as they are named unless the configuration names them otherwise."""
 
+POLICY_METRICS = {
+    "loss": "policy-gradient loss, mean over the optimizer steps of a batch",
+    "clipped": "share of chosen tokens whose ratio was clipped",
+    "entropy": "mean negative log-probability of the chosen tokens when they were sampled, in nats",
+    "kl": "estimated KL divergence from the weights that training started from, averaged like the loss; only if weighted",
+}
+
+ROLLOUT_METRICS = {
+    "tokens": "tokens of all threads of a group after the prompt, forced ones included, mean over groups",
+    "truncated": "share of threads that the length limit ended",
+}
+
+TIME_METRICS = {
+    "rollout": "share of a training step's time spent on sampling and judging groups",
+    "reward": "share spent on rewards and advantages",
+    "update": "share spent on optimisation",
+}
+
+TRAIN_METRICS = {
+    "loss": "mean negative log-likelihood of the target tokens of a batch of traces, in nats",
+    "reward": "reward/total, for the progress bar and for callbacks",
+    "tags/<statistic>": "the statistic of the same name under tags/, of training rollouts",
+}
+
+GATE_METRICS = {
+    "layer_<i>": "mean gate of lattice layer i over channels and tokens after the prompt",
+    "thought": "mean gate over all lattice layers and the tokens that threads think with",
+    "environment": "mean gate over all lattice layers and the tokens that an environment wrote",
+    "assessment": "mean gate over all lattice layers and the tokens of the closing assessments, before their tags",
+    "tag": "mean gate over all lattice layers and the tokens of tag and end of sequence",
+}
+
+CROSS_RATIO_METRICS = {
+    "layer_<i>": "share of lattice layer i's attention mass that lands on other threads, mean over tokens that read",
+    "mean": "the same, mean over all lattice layers",
+}
+
+DIVERSITY_METRICS = {
+    "embedding": "mean pairwise cosine distance of the embedded thoughts of training rollouts, mean over groups",
+    "edit": "mean pairwise character edit distance of the same divided by the longer length, mean over groups",
+}
+
 DESCRIPTIONS = {
     f"{family}/{name}": description
-    for family, metrics in (("val", GROUP_METRICS), ("tags", TAG_METRICS), ("reward", REWARD_METRICS))
+    for family, metrics in (
+        ("val", GROUP_METRICS),
+        ("tags", TAG_METRICS),
+        ("reward", REWARD_METRICS),
+        ("policy", POLICY_METRICS),
+        ("rollout", ROLLOUT_METRICS),
+        ("time", TIME_METRICS),
+        ("train", TRAIN_METRICS),
+        ("gate", GATE_METRICS),
+        ("cross_ratio", CROSS_RATIO_METRICS),
+        ("diversity", DIVERSITY_METRICS),
+        ("test", {"<statistic>": "the statistic of the same name under val/, of `lace test`"}),
+        ("test/tags", {"<statistic>": "the statistic of the same name under tags/, of `lace test`"}),
+    )
     for name, description in metrics.items()
 }
+"""Names in angle brackets stand for whatever takes their place."""
