@@ -56,7 +56,9 @@ class Sampling:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """(..., V) float32 probabilities after temperature and truncation, renormalised."""
-        probs = (logits.float() / self.temperature).softmax(-1)
+        logits = logits.float()
+        # Below the largest first: no temperature is too small for float32 then.
+        probs = ((logits - logits.amax(-1, keepdim=True)) / self.temperature).softmax(-1)
         keep = torch.ones_like(probs, dtype=torch.bool)
         if 0 < self.top_k < probs.shape[-1]:
             keep &= probs >= probs.topk(self.top_k).values[..., -1:]
