@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from lace_lightning.exchange import ExchangeConfig
+
 if TYPE_CHECKING:
     from lace_lightning.threaded_lm import ThreadedLM
 
@@ -35,7 +37,7 @@ def load_exchange(model: ThreadedLM, folder: Path) -> None:
     Raises:
         ValueError: a file is missing or damaged, or it belongs to other settings; the message names both.
     """
-    settings, tensors = _read(folder)
+    settings, tensors = _read_settings(folder), _read_tensors(folder)
     ours = _settings(model)
     differing = [key for key in ours if ours[key] != settings.get(key)]
     if differing:
@@ -53,13 +55,56 @@ def load_exchange(model: ThreadedLM, folder: Path) -> None:
     model.exchanges.load_state_dict(tensors)
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_exchange_config(folder: str | Path) -> tuple[ExchangeConfig, list[int]]:
+    """Settings and lattice layers of a saved exchange, from which to build a model that can load it.
+
+    The file names a class among the imported subclasses of :class:`~lace_lightning.exchange.ExchangeConfig`: ours, and
+    your own once you have imported them. Nothing is imported for its sake, and the backend is the default one.
+
+    Raises:
+        ValueError: the file is missing or damaged, or names a class or a setting that does not exist.
+    """
+    path = Path(folder) / SETTINGS
+    settings = _read_settings(Path(folder))
+    name, values, layers = (settings.get(key) for key in ("exchange", "config", "layers"))
+    known = {config.__name__: config for config in _subclasses(ExchangeConfig)}  # type: ignore[type-abstract]
+    if name not in known:
+        raise ValueError(f"{path}: exchange {name!r} is none of {', '.join(sorted(known))}: import its class first")
+    if not isinstance(values, dict) or not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
+        raise ValueError(f"{path} is damaged: config must be an object and layers a list of whole numbers")
     try:
-        return json.loads((folder / SETTINGS).read_text()), load_file(folder / WEIGHTS)
-    except FileNotFoundError as error:
-        raise ValueError(f"{error.filename} is missing: give the folder that save_exchange wrote") from error
-    except (json.JSONDecodeError, SafetensorError) as error:
+        return known[name](**values), layers
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not fit {name}: {error}") from error
+
+
+def _subclasses(base: type[ExchangeConfig]) -> list[type[ExchangeConfig]]:
+    return [config for direct in base.__subclasses__() for config in (direct, *_subclasses(direct))]
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads((folder / SETTINGS).read_text())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _missing(folder / SETTINGS) from error
+    except ValueError as error:  # no JSON, or no text at all
         raise ValueError(f"the exchange in {folder} is damaged: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{folder / SETTINGS} is damaged: it must hold an object")
+    return settings
+
+
+def _read_tensors(folder: Path) -> dict[str, Any]:
+    try:
+        return load_file(folder / WEIGHTS)
+    except FileNotFoundError as error:
+        raise _missing(folder / WEIGHTS) from error
+    except SafetensorError as error:
+        raise ValueError(f"the exchange in {folder} is damaged: {error}") from error
+
+
+def _missing(path: Path) -> ValueError:
+    return ValueError(f"{path} is missing: give the folder that save_exchange wrote")
 
 
 def _settings(model: ThreadedLM) -> dict[str, Any]:

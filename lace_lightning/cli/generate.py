@@ -1,0 +1,141 @@
+"""``lace generate``: a prompt in, N threads side by side in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lace_lightning.cli.main import explain
+
+if TYPE_CHECKING:
+    from lace_lightning.cli.panes import PaneView
+    from lace_lightning.cli.plain import PlainView
+    from lace_lightning.cli.sources import Request
+    from lace_lightning.cli.transcript import Transcript
+
+INTERRUPTED = 130
+"""Exit code that shells give to a command ended by Ctrl-C."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Decode one group and show it; the exit code: 0, 2 for a mistake in the options, 130 after Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding lacks
+    try:
+        _check(arguments)
+        from lace_lightning.cli.sources import make_request
+
+        return _play(make_request(arguments), arguments.plain)
+    except BrokenPipeError:  # the reader of a pipe has seen enough; spare it Python's complaint at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, RuntimeError) as error:
+        return explain(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lace generate",
+        description="Decode one group: N threads side by side, their tags in colour, the winner framed.",
+        epilog="examples: lace generate --run runs/demo/lace/grpo --problem 3    "
+        "lace generate --model Qwen/Qwen3-1.7B --exchange adapter/ 'How many primes are below 100?'",
+    )
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the problem's text")
+    parser.add_argument(
+        "--problem", type=_count, metavar="INDEX", help="instead: a test problem of the run's task, from 0"
+    )
+
+    source = parser.add_argument_group("model (one of --model, --run, --config)")
+    source.add_argument("--model", metavar="NAME_OR_FOLDER", help="a Hugging Face model")
+    source.add_argument("--exchange", metavar="FOLDER", help="with --model: exchange weights by save_exchange (none)")
+    source.add_argument("--run", metavar="FOLDER", help="a run of lace fit: its config.yaml and newest checkpoint")
+    source.add_argument("--config", metavar="FILE", help="config.yaml of a run, with --ckpt")
+    source.add_argument("--ckpt", metavar="FILE", help="with --run or --config: the checkpoint to use")
+
+    decoding = parser.add_argument_group("decoding (default: the run's validation settings; with --model in brackets)")
+    decoding.add_argument("--threads", type=_positive, metavar="N", help="threads of the group (4)")
+    decoding.add_argument("--max-new-tokens", type=_positive, metavar="COUNT", help="most tokens of a thread (256)")
+    decoding.add_argument("--temperature", type=float, help="0 takes the most probable token (1)")
+    decoding.add_argument("--top-p", type=float, help="keep the most probable tokens up to this mass (1)")
+    decoding.add_argument("--top-k", type=int, help="keep so many tokens; 0 keeps all (0)")
+    decoding.add_argument("--min-p", type=float, help="keep tokens this probable relative to the first (0)")
+    decoding.add_argument("--seed", type=int, help="the same seed gives the same group (0)")
+    parser.add_argument("--plain", action="store_true", help="lines of text without colours, as in a pipe")
+    return parser
+
+
+def _check(given: argparse.Namespace) -> None:
+    """Raise ValueError for options that contradict each other, before anything slow is imported."""
+    sources = [name for name in ("model", "run", "config") if getattr(given, name) is not None]
+    if len(sources) != 1:
+        seen = " and ".join(f"--{name}" for name in sources) or "none"
+        raise ValueError(f"give one model: --model, --run, or --config with --ckpt (given: {seen})")
+    if given.exchange is not None and given.model is None:
+        raise ValueError(f"--exchange {given.exchange} goes with --model; a run has its own exchange")
+    if given.ckpt is not None and given.model is not None:
+        raise ValueError(f"--ckpt {given.ckpt} goes with --run or --config; weights beside --model are --exchange")
+    if given.config is not None and given.ckpt is None:
+        raise ValueError(f"--config {given.config} needs the checkpoint of its run: --ckpt FILE")
+    if (given.prompt is None) == (given.problem is None):
+        raise ValueError("give either a PROMPT or --problem INDEX")
+    if given.problem is not None and given.model is not None:
+        raise ValueError(f"--problem {given.problem} needs a run, whose task has problems: use --run, or give a PROMPT")
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 0")
+    return int(text)
+
+
+def _play(request: Request, plain: bool) -> int:
+    """Decode and show one group."""
+    from lace_lightning.cli.outcome import Outcome
+    from lace_lightning.cli.transcript import State, Transcript
+    from lace_lightning.decoding import to_groups
+
+    prompt, environment, decoder = request.prompt_ids(), request.environment(), request.decoder()
+    transcript = Transcript(request.num_threads, request.tokenizer, decoder.eos_ids)
+    with _view(transcript, request.problem.text, plain) as view:
+        try:
+            rollout = decoder.decode(
+                [prompt],
+                request.num_threads,
+                [request.seed],
+                environment,
+                on_column=lambda column: view.update(transcript.add(column)),
+            )
+        except KeyboardInterrupt:
+            view.update(transcript.close(State.INTERRUPTED))
+            view.finish(None)
+            return INTERRUPTED
+        view.update(transcript.close(State.LIMIT))
+        [group] = to_groups(rollout, [request.problem], [request.seed], request.tokenizer, request.template)
+        view.finish(Outcome(group, request.judge(group)))
+    return 0
+
+
+def _view(transcript: Transcript, problem: str, plain: bool) -> PaneView | PlainView:
+    """Panes if a person watches in a terminal that can redraw, else lines."""
+    from rich.console import Console
+
+    from lace_lightning.cli.panes import PaneView
+    from lace_lightning.cli.plain import PlainView
+
+    console = Console(highlight=False)
+    if plain or not sys.stdout.isatty() or console.is_dumb_terminal:
+        return PlainView(transcript, problem)
+    return PaneView(transcript, problem, console)
