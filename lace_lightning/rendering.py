@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 Spell = Callable[[list[int]], str]
 """Token ids as text."""
 
-_CONTEXT = 4  # tokens before a run that are spelled with it, for the spaces and characters that tokens share
+_CONTEXT = 8  # tokens before a run that are spelled with it, for the spaces and characters that tokens share
+_PARTIAL = "\ufffd"  # how tokenizers spell a character of which only some bytes have come
 _MAX_CHARACTERS = 2000  # of a problem; answers get a tenth
 _SIZES = ((32, 1), (512, 16))  # lattices of at most so many columns get rows of so many columns
 _LARGE = 64
@@ -89,7 +90,10 @@ def groups_page(
 
 
 def _runs(thread: Thread, segments: Sequence[Segment], width: int, spell: Spell) -> list[tuple[int, Run]]:
-    """(row, run) of a thread, in order. A run's text is what it adds to the text of the tokens before it."""
+    """(row, run) of a thread, in order. A run's text is what it adds to the text of the tokens before it.
+
+    A character whose bytes are spread over two runs stands in the second.
+    """
     ids = list(thread.token_ids)
     places = [(column // width, segment) for column, segment in zip(thread.columns, segments, strict=True)]
     runs = []
@@ -97,7 +101,9 @@ def _runs(thread: Thread, segments: Sequence[Segment], width: int, spell: Spell)
         start, *rest = tokens
         end = rest[-1] + 1 if rest else start + 1
         context = max(0, start - _CONTEXT)
-        text = spell(ids[context:end])[len(spell(ids[context:start])) :]
+        before = spell(ids[context:start]).rstrip(_PARTIAL)
+        text = spell(ids[context:end])[len(before) :]
+        text = text if end == len(ids) else text.rstrip(_PARTIAL)
         runs.append((row, Run(text, segment.name.lower())))
     return runs
 

@@ -35,7 +35,7 @@ POLICY_METRICS = {
     "loss": "policy-gradient loss, mean over the optimizer steps of a batch",
     "clipped": "share of chosen tokens whose ratio was clipped",
     "entropy": "mean negative log-probability of the chosen tokens when they were sampled, in nats",
-    "kl": "estimated KL divergence from the weights that training started from, averaged like the loss; only if weighted",
+    "kl": "estimated KL divergence from the weights that training started from, averaged like the loss",
 }
 
 ROLLOUT_METRICS = {
