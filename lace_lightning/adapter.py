@@ -68,7 +68,7 @@ def read_exchange_config(folder: str | Path) -> tuple[ExchangeConfig, list[int]]
     settings = _read_settings(Path(folder))
     name, values, layers = (settings.get(key) for key in ("exchange", "config", "layers"))
     known = {config.__name__: config for config in _subclasses(ExchangeConfig)}  # type: ignore[type-abstract]
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ValueError(f"{path}: exchange {name!r} is none of {', '.join(sorted(known))}: import its class first")
     if not isinstance(values, dict) or not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
         raise ValueError(f"{path} is damaged: config must be an object and layers a list of whole numbers")

@@ -118,10 +118,8 @@ def _from_hub(given: argparse.Namespace) -> Request:
     name = str(Path(given.model).expanduser()) if given.model.startswith("~") else given.model
     try:
         model = ThreadedLM.from_pretrained(name, exchange, num_threads, layers, trust_remote_code=False)
-    except OSError as error:
-        raise ValueError(
-            f"--model {given.model} is neither a folder with a model nor one that the hub gives us: {error}"
-        ) from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {given.model} cannot be used, give a folder or a hub name: {error}") from error
     if given.exchange is not None:
         model.load_exchange(given.exchange)
     return Request(
