@@ -46,11 +46,10 @@ class GateMonitor(Callback):
         module = threaded(pl_module)
         assert module.model is not None
         spec, layers = module.validation, sorted(module.model.exchange_at)
-        if layers:
-            num_threads = spec.num_threads or module.spec.num_threads
-            self._metrics = ReadingMetrics(layers, num_threads, spec.max_new_tokens).to(module.device)
-        else:
-            self._explain("the threads are isolated")
+        if not layers:
+            return self._explain("the threads are isolated")
+        num_threads = spec.num_threads or module.spec.num_threads
+        self._metrics = ReadingMetrics(layers, num_threads, spec.max_new_tokens).to(module.device)
 
     def on_validation_batch_end(
         self,
@@ -87,7 +86,8 @@ class GateMonitor(Callback):
         parts = (rollout.input_ids, rollout.attention_mask, segments[..., rollout.prompt_length :])
         for ids, mask, after_prompt in zip(*(part.split(size) for part in parts), strict=True):
             readings = module.model.read(ids, mask, rollout.prompt_length)
-            if not readings:
+            if not readings:  # so it is on every rank
+                self._metrics = None
                 return self._explain(f"{type(module.model.exchange_config).__name__} records none")
             metrics.update(readings, after_prompt)
 

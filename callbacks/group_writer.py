@@ -17,6 +17,8 @@ from lace_lightning.tasks import Verdict
 class GroupWriter(Callback):
     """Writes the groups of ``lace predict`` as JSON lines, one per group, as soon as they are decoded.
 
+    The trainer then keeps none of them: all their tensors would pile up in memory.
+
     With several processes each writes a file of its own: ``groups.rank0.jsonl`` and so on for ``groups.jsonl``.
 
     Args:
@@ -38,6 +40,7 @@ class GroupWriter(Callback):
         """Open the file."""
         if stage != "predict":
             return
+        trainer.predict_loop.return_predictions = False
         path = Path(self.path)
         if trainer.world_size > 1:
             path = path.with_suffix(f".rank{trainer.global_rank}{path.suffix}")
