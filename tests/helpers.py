@@ -183,6 +183,9 @@ class Tokens:
     def with_ids(self, input_ids: Tensor) -> Tokens:
         return Tokens(input_ids, self.attention_mask, self.prompt_length)
 
+    def to(self, device: str) -> Tokens:
+        return Tokens(self.input_ids.to(device), self.attention_mask.to(device), self.prompt_length)
+
 
 def random_ids(*shape: int, seed: int = 3) -> Tensor:
     return torch.randint(1, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
@@ -224,7 +227,7 @@ def influence(model: ThreadedLM, tokens: Tokens, watched: Tensor, seed: int = 5)
     """(B, N, L) largest absolute gradient of a random functional of the ``watched`` (B, N, L) logits on each token."""
     with EmbeddingProbe(model) as probe:
         logits = model(tokens.input_ids, tokens.attention_mask, tokens.prompt_length)
-        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed))
+        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed)).to(logits)
         (gradient,) = torch.autograd.grad((logits * weights * watched[..., None]).sum(), probe.embeddings)
     return gradient.abs().amax(-1).view(tokens.input_ids.shape)
 

@@ -346,22 +346,26 @@ def test_token_logprobs_are_those_of_the_threads_previous_real_token(backbone, c
         assert found[b, n, c].item() == pytest.approx(expected.item(), abs=1e-4)
 
 
-def test_token_logprobs_never_hold_all_logits_at_once():
-    """The widest tensor that autograd keeps has chunk_size rows of logits, not B * N * L."""
+def test_token_logprobs_never_hold_more_logits_than_one_chunk():
+    """Neither forward nor backward computes more than chunk_size rows at once, and autograd keeps none of them."""
     model, tokens = tiny_lm(EXCHANGES["causal"]), ragged_groups()
-    vocabulary, rows = model.backbone.config.vocab_size, []
+    head, vocabulary = model.backbone.get_output_embeddings(), model.backbone.config.vocab_size
+    computed, kept = [], []
+    hook = head.register_forward_hook(lambda module, args, logits: computed.append(len(logits)))
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.dim() and tensor.shape[-1] == vocabulary:
-            rows.append(tensor.numel() // vocabulary)
+        kept.append(tensor.dim() > 1 and tensor.shape[-1] == vocabulary)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = model.token_logprobs(
             tokens.input_ids, tokens.attention_mask, tokens.attention_mask, tokens.prompt_length, chunk_size=5
         ).sum()
+    in_forward = len(computed)
     loss.backward()
-    assert max(rows, default=0) <= 5
+    hook.remove()
+    assert max(computed) == 5 and len(computed) == 2 * in_forward
+    assert kept and not any(kept)
 
 
 def test_nothing_to_score_gives_zeros():

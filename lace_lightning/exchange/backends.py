@@ -74,7 +74,9 @@ def choose(backend: Backend, q: Tensor, mask: LatticeMask) -> Callable[[Tensor, 
         ValueError: the backend is not known.
     """
     if backend == "auto":
-        skips_blocks = q.is_cuda and mask.topology.scope != "aligned" and mask.num_queries >= 1024
+        # Heads narrower than 16 have no FlexAttention kernel on CUDA.
+        has_kernel = q.is_cuda and q.shape[-1] >= 16
+        skips_blocks = has_kernel and mask.topology.scope != "aligned" and mask.num_queries >= 1024
         backend = "flex" if skips_blocks else "sdpa"
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown: choose auto or one of {', '.join(BACKENDS)}")

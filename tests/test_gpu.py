@@ -1,0 +1,209 @@
+"""On CUDA: every backend in values and gradients, FlexAttention as it is compiled, bfloat16, and whole models."""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from lace_lightning.decoding import GroupDecoder, Sampling
+from lace_lightning.decoding.random import uniform
+from lace_lightning.exchange import LatticeAttentionConfig
+from lace_lightning.lattice import LatticeCache
+from lace_lightning.threaded_lm import ThreadedLM
+from tests.helpers import EXCHANGES, Tokens, influence, ragged_groups, random_ids, tiny_backbone, wake
+from tests.test_lattice_attention import WIDTH, apply, assert_same, build, values_and_gradients
+
+pytestmark = pytest.mark.gpu
+
+# Heads of 16, the least that FlexAttention's kernels take.
+CONFIGS = {
+    "causal": LatticeAttentionConfig(width=32, heads=2),
+    "causal-others": LatticeAttentionConfig(width=32, heads=2, own="exclude"),
+    "window": LatticeAttentionConfig(width=32, heads=2, scope="window", window=9),
+    "window-others": LatticeAttentionConfig(width=32, heads=2, scope="window", window=9, own="exclude"),
+    "aligned-others": LatticeAttentionConfig(width=32, heads=2, scope="aligned", own="exclude"),
+}
+# Largest difference, as a share of the largest entry, from float64. bfloat16 keeps 8 bits.
+TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 0.03}
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    """No TF32: the float32 claims are about float32."""
+    torch.set_float32_matmul_precision("highest")
+
+
+def long_input(columns: int = 75) -> tuple[Tensor, Tensor]:
+    """(2, 4, columns, WIDTH) float64 and a ragged visibility: over 128 positions, and no multiple of them."""
+    generator = torch.Generator().manual_seed(6)
+    hidden = torch.randn(2, 4, columns, WIDTH, generator=generator, dtype=torch.float64)
+    visible = torch.rand(2, 4, columns, generator=generator) > 0.2
+    visible[0, :, :3] = False
+    visible[1, 2:] = False
+    return hidden, visible
+
+
+def compare(config: LatticeAttentionConfig, dtype: torch.dtype, columns: int = 75) -> None:
+    """Values and gradients on CUDA against the float64 eager backend on the CPU."""
+    hidden, visible = long_input(columns)
+    weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    weights = weights * visible[..., None]
+    expected = values_and_gradients(build(replace(config, backend="eager")), hidden, visible, weights)
+    found = values_and_gradients(
+        build(config, dtype, "cuda"), hidden.to("cuda", dtype), visible.cuda(), weights.to("cuda", dtype)
+    )
+    assert_same(found, expected, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "flex"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_backends_equal_float64_in_values_and_gradients(config, backend, dtype):
+    compare(replace(config, backend=backend), dtype)
+
+
+@pytest.mark.parametrize("heads", [2, 4, 8], ids=lambda heads: f"head-width-{32 // heads}")
+def test_auto_runs_long_lattices_whatever_the_head_width(heads):
+    compare(LatticeAttentionConfig(width=32, heads=heads), torch.float32, columns=300)
+
+
+def test_flex_stays_compiled_over_many_lengths():
+    """Batches of a training run differ in length: falling back to the uncompiled kernel would be silent and slow."""
+    block = build(replace(CONFIGS["causal"], backend="flex"), torch.float32, "cuda")
+    exact = build(replace(CONFIGS["causal"], backend="eager"), torch.float32, "cuda")
+    torch._dynamo.reset()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("error", message=".*without torch.compile.*")
+        for columns in range(40, 52):
+            hidden, visible = (x.cuda() for x in long_input(columns))
+            found, expected = (apply(b, hidden.float(), visible) for b in (block, exact))
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "flex"])
+def test_queries_that_may_read_nothing_get_exactly_zero_and_no_gradient(backend):
+    config = LatticeAttentionConfig(width=32, heads=2, own="exclude", backend=backend)
+    block = build(config, torch.bfloat16, "cuda")
+    hidden = torch.randn(1, 2, 80, WIDTH, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    visible = torch.ones(1, 2, 80, dtype=torch.bool, device="cuda")
+    visible[:, 1] = False
+    out = apply(block, hidden, visible)
+    assert torch.equal(out, hidden)
+    (out - hidden).float().square().sum().backward()
+    assert not any(parameter.grad.any() for parameter in block.parameters())
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "flex"])
+def test_columns_fed_one_by_one_read_what_one_pass_reads(backend):
+    hidden, visible = (x.cuda()[:, :, :40] for x in long_input())
+    block = build(replace(CONFIGS["window-others"], backend=backend), torch.float32, "cuda")
+    cache = LatticeCache()
+    with torch.no_grad():
+        whole = apply(block, hidden.float(), visible)
+        steps = [
+            apply(block, hidden[:, :, [t]].float(), visible[:, :, [t]], first_time=t, cache=cache) for t in range(40)
+        ]
+    torch.testing.assert_close(torch.cat(steps, dim=2), whole, rtol=0, atol=1e-4)
+
+
+def cuda_lm(config: LatticeAttentionConfig, dtype: str = "float32", backbone: str = "qwen3") -> ThreadedLM:
+    model = ThreadedLM(tiny_backbone(backbone, dtype=dtype), config, num_threads=3, layers=[1, 2])
+    return wake(model).cuda().eval()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backbone", ["qwen3", "mistral"])
+def test_a_fresh_exchange_gives_the_logits_of_the_bare_model_bitwise(backbone, dtype):
+    bare = tiny_backbone(backbone, dtype=dtype).cuda()
+    model = ThreadedLM(tiny_backbone(backbone, dtype=dtype), CONFIGS["causal"], layers=[1, 2]).cuda().eval()
+    ids = random_ids(2, 3, 40).cuda()
+    with torch.no_grad():
+        assert torch.equal(model(ids).flatten(0, 1), bare(input_ids=ids.flatten(0, 1)).logits)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "flex"])
+def test_no_future_and_no_neighbour(backend, dtype):
+    model = cuda_lm(replace(CONFIGS["causal"], backend=backend), dtype)
+    tokens = ragged_groups().to("cuda")
+    before, real = tokens.logits(model), tokens.attention_mask
+    changed = tokens.input_ids.clone()
+    changed[:, 1, 9] = changed[:, 1, 9] % 39 + 1
+    after = tokens.with_ids(changed).logits(model)
+    assert torch.equal(after[..., :9, :][real[..., :9]], before[..., :9, :][real[..., :9]])
+    assert not torch.equal(after[:, 0, 9:], before[:, 0, 9:])
+    changed = tokens.input_ids.clone()
+    changed[1] = random_ids(*changed[1].shape, seed=77).cuda()
+    assert torch.equal(tokens.with_ids(changed).logits(model)[0][real[0]], before[0][real[0]])
+    watched = real.clone()
+    watched[1] = watched[..., 9:] = False
+    reached = influence(model, tokens, watched)
+    assert reached[0].any() and not reached[1].any() and not reached[..., 9:].any()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-3), ("bfloat16", 0.3)])
+@pytest.mark.parametrize("exchange", ["causal", "window-others", "aligned-others"])
+def test_cached_decoding_gives_the_logprobs_of_one_full_forward_pass(exchange, dtype, tolerance):
+    model = cuda_lm(CONFIGS[exchange], dtype)
+    rollout = GroupDecoder(model, Sampling(), 24, [36, 37], 0).decode([[7, 8, 9], [10, 11, 12, 13, 14]], 3, [1, 2])
+    with torch.no_grad():
+        expected = model.token_logprobs(
+            rollout.input_ids, rollout.attention_mask, rollout.chosen, rollout.prompt_length
+        )
+    difference = (expected - rollout.logprobs)[rollout.chosen].abs()
+    assert difference.max() < tolerance if dtype == "float32" else difference.mean() < tolerance
+
+
+def test_draws_are_the_same_numbers_as_on_the_cpu():
+    seeds = torch.arange(1000) * 7919
+    for column in (0, 3, 5000):
+        assert torch.equal(uniform(seeds.cuda(), 8, column).cpu(), uniform(seeds, 8, column))
+
+
+def test_models_on_the_gpu_give_the_logits_of_the_cpu():
+    for name in ("causal", "aligned-others", "window", "same-step"):
+        config = EXCHANGES[name]
+        on_cpu = wake(ThreadedLM(tiny_backbone(), config, layers=[1, 2])).eval()
+        tokens = ragged_groups()
+        expected = tokens.logits(on_cpu)
+        found = tokens.to("cuda").logits(on_cpu.cuda()).cpu()
+        difference = (found - expected)[tokens.attention_mask].abs().max()
+        assert difference < 1e-3, f"{name}: {difference:.3g}"
+
+
+def test_a_model_compiled_by_inductor_keeps_loss_and_gradients():
+    model, tokens = cuda_lm(CONFIGS["causal"]), ragged_groups().to("cuda")
+
+    def loss_and_gradients() -> tuple[Tensor, list[Tensor]]:
+        model.zero_grad()
+        arguments = (tokens.input_ids, tokens.attention_mask, tokens.attention_mask, tokens.prompt_length)
+        loss = model.token_logprobs(*arguments).mean()
+        loss.backward()
+        return loss.detach(), [p.grad.clone() for p in model.exchange_parameters()]
+
+    loss, gradients = loss_and_gradients()
+    decoder = model.backbone.get_decoder()
+    decoder.forward = torch.compile(decoder.forward, fullgraph=True)
+    compiled_loss, compiled = loss_and_gradients()
+    torch.testing.assert_close(compiled_loss, loss, rtol=1e-4, atol=1e-4)
+    for found, expected in zip(compiled, gradients, strict=True):
+        assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+def test_groups_of_different_prompts_decode_alike_alone_and_together():
+    model = cuda_lm(CONFIGS["causal"])
+    rules = GroupDecoder(model, Sampling(), 16, [36, 37], 0)
+    alone = rules.decode([[7, 8, 9]], 3, [21])
+    beside = rules.decode([[10, 11, 12, 13, 14], [7, 8, 9]], 3, [5, 21])
+    for n in range(3):
+        mine, theirs = alone.input_ids[0, n][alone.chosen[0, n]], beside.input_ids[1, n][beside.chosen[1, n]]
+        assert mine.tolist() == theirs.tolist()
+
+
+def test_tokens_on_the_gpu_are_scored_there():
+    model, tokens = cuda_lm(CONFIGS["causal"], "bfloat16"), ragged_groups().to("cuda")
+    found = model.token_logprobs(tokens.input_ids, tokens.attention_mask, tokens.attention_mask, tokens.prompt_length)
+    assert found.is_cuda and found.dtype == torch.float32 and found.requires_grad
+    assert isinstance(tokens, Tokens) and torch.isfinite(found).all()
