@@ -70,7 +70,7 @@ class Run:
         (self.folder / name).parent.mkdir(exist_ok=True)
         torch.save({"state_dict": state, TRAINED: sorted(state)}, self.folder / name)
 
-    def configure(self, init_from: Sequence[str] = ()) -> None:
+    def configure(self, init_from: Sequence[str] = (), problems: str | None = None) -> None:
         spec = {
             "architecture": ARCHITECTURE,
             "exchange": {
@@ -80,7 +80,7 @@ class Run:
             "num_threads": NUM_THREADS,
         }
         model = {"spec": spec, "validation": {"max_new_tokens": NEW_TOKENS}, "init_from": list(init_from)}
-        data = {"task": {"class_path": "lace_lightning.puzzles.Doors"}, "max_length": 64}
+        data = {"task": {"class_path": "lace_lightning.puzzles.Doors"}, "max_length": 64, "problems": problems}
         config = {
             "seed_everything": 0,
             "model": {"class_path": "lace_lightning.modules.SupervisedFinetuning", "init_args": model},
@@ -174,6 +174,20 @@ def test_a_prompt_that_reads_like_a_test_problem_is_that_problem(doors_run: Run,
     assert capsys.readouterr().out == by_index
 
 
+def test_problems_of_a_file_are_counted_from_0(doors_run: Run, capsys: pytest.CaptureFixture[str]):
+    rows = [
+        {"id": str(door), "problem": f"doors {door} tries 1", "answer": "1", "facts": {"doors": door, "tries": 1}}
+        for door in (4, 5)
+    ]
+    source = doors_run.folder / "problems.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    doors_run.configure(problems=str(source))
+    assert run(["--run", str(doors_run.folder), "--problem", "1"]) == 0
+    assert capsys.readouterr().out.startswith("problem | doors 5 tries 1\n")
+    assert run(["--run", str(doors_run.folder), "--problem", "2"]) == 2
+    assert re.search("--problem 2: .*problems.jsonl has 2 problems", capsys.readouterr().err)
+
+
 def test_what_a_stage_did_not_train_comes_from_init_from(doors_run: Run, capsys: pytest.CaptureFixture[str]):
     argv = ["--run", str(doors_run.folder), "--problem", "1"]
     assert run(argv) == 0
@@ -262,6 +276,7 @@ def test_settings_that_fit_no_exchange_are_refused(settings, complaint: str, tmp
     ("argv", "complaint"),
     [
         ("x", "give one model: --model, --run, or --config with --ckpt .given: none"),
+        ("x\udcff --model a", "PROMPT 'x.udcff' is not UTF-8 text"),
         ("x --model a --run b", "given: --model and --run"),
         ("x --run b --exchange c", "--exchange c goes with --model"),
         ("x --model b --ckpt c", "--ckpt c goes with --run"),

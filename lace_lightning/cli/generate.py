@@ -85,6 +85,8 @@ def _check(given: argparse.Namespace) -> None:
         raise ValueError(f"--config {given.config} needs the checkpoint of its run: --ckpt FILE")
     if (given.prompt is None) == (given.problem is None):
         raise ValueError("give either a PROMPT or --problem INDEX")
+    if any("\ud800" <= character <= "\udfff" for character in given.prompt or ""):
+        raise ValueError(f"PROMPT {given.prompt!r} is not UTF-8 text")
     if given.problem is not None and given.model is not None:
         raise ValueError(f"--problem {given.problem} needs a run, whose task has problems: use --run, or give a PROMPT")
 
