@@ -21,13 +21,14 @@ _MAX_ANNOTATED = 144  # cells beyond which numbers would not be legible
 
 def gate_figure(maps: ReadingMaps, layers: Sequence[int], bin_width: int) -> Figure:
     """Mean gates: layer × segment beside layer × lattice time, on one colour scale from 0 to 1."""
-    figure = _figure(10, 1.6 + 0.35 * len(layers))
-    left, right = figure.subplots(1, 2, width_ratios=[1, 3])
+    figure = _figure(11, 2 + 0.35 * len(layers))
+    left, right = figure.subplots(1, 2, width_ratios=[1, 2])
     names = [segment.name.lower() for segment in SEGMENTS]
     _draw(left, maps.gate_by_segment, [str(layer) for layer in layers], names, 1.0)
     times = [str(index * bin_width) for index in range(maps.gate_by_time.shape[1])]
     image = _draw(right, maps.gate_by_time, [str(layer) for layer in layers], times, 1.0, annotate=False)
     left.set(title="gate by segment", ylabel="layer")
+    left.tick_params(axis="x", rotation=20)
     right.set(title="gate by lattice time", xlabel="column")
     figure.colorbar(image, ax=right)
     return figure
@@ -71,6 +72,6 @@ def _draw(
     axes.set_xticks(range(0, len(columns), every), columns[::every])
     if annotate and array.size <= _MAX_ANNOTATED:
         for (row, column), value in np.ndenumerate(array):
-            text = f"{value:.2f}" if values.is_floating_point() else f"{value:,}"
+            text = "" if np.isnan(value) else f"{value:.2f}" if values.is_floating_point() else f"{value:,}"
             axes.text(column, row, text, ha="center", va="center", color="black" if value > 0.6 * most else "white")
     return image

@@ -56,7 +56,7 @@ class EvaluationSummary:
         """A table for the terminal."""
         from rich.table import Table
 
-        caption = None if self.ceiling is None else "ceiling: best_at_n of threads that cannot read each other"
+        caption = None if self.ceiling is None else "ceiling: highest best_at_n of isolated threads"
         table = Table("metric", title=title, caption=caption, title_justify="left", caption_justify="left")
         for column in ("value", "95 % interval", "groups"):
             table.add_column(column, justify="right")
