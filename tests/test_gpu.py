@@ -1,6 +1,5 @@
 """On CUDA: every backend in values and gradients, FlexAttention as it is compiled, bfloat16, and whole models."""
 
-import warnings
 from dataclasses import replace
 
 import pytest
@@ -25,8 +24,9 @@ CONFIGS = {
     "window-others": LatticeAttentionConfig(width=32, heads=2, scope="window", window=9, own="exclude"),
     "aligned-others": LatticeAttentionConfig(width=32, heads=2, scope="aligned", own="exclude"),
 }
-# Largest difference, as a share of the largest entry, from float64. bfloat16 keeps 8 bits.
-TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 0.03}
+# From float64 on the same numbers: in float32 the largest difference, as a share of the largest entry; in bfloat16,
+# whose 8 bits make single entries noisy, the norm of the difference as a share of the norm.
+TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 0.05}
 
 
 @pytest.fixture(autouse=True)
@@ -46,15 +46,19 @@ def long_input(columns: int = 75) -> tuple[Tensor, Tensor]:
 
 
 def compare(config: LatticeAttentionConfig, dtype: torch.dtype, columns: int = 75) -> None:
-    """Values and gradients on CUDA against the float64 eager backend on the CPU."""
+    """Values and gradients on CUDA against the float64 eager backend on the CPU, for the same (rounded) numbers."""
     hidden, visible = long_input(columns)
     weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    weights = weights * visible[..., None]
-    expected = values_and_gradients(build(replace(config, backend="eager")), hidden, visible, weights)
-    found = values_and_gradients(
-        build(config, dtype, "cuda"), hidden.to("cuda", dtype), visible.cuda(), weights.to("cuda", dtype)
-    )
-    assert_same(found, expected, TOLERANCES[dtype])
+    hidden, weights = hidden.to(dtype), (weights * visible[..., None]).to(dtype)
+    block, exact = build(config, dtype), build(replace(config, backend="eager"))
+    exact.load_state_dict(block.state_dict())
+    expected = values_and_gradients(exact, hidden.double(), visible, weights.double())
+    found = values_and_gradients(block.cuda(), hidden.cuda(), visible.cuda(), weights.cuda())
+    if dtype == torch.float32:
+        assert_same(found, expected, TOLERANCES[dtype])
+    for name, value in found.items():
+        error = ((value - expected[name]).norm() / expected[name].norm()).item()
+        assert error <= TOLERANCES[dtype], f"{name}: the difference has {error:.3g} of the norm"
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -74,8 +78,7 @@ def test_flex_stays_compiled_over_many_lengths():
     block = build(replace(CONFIGS["causal"], backend="flex"), torch.float32, "cuda")
     exact = build(replace(CONFIGS["causal"], backend="eager"), torch.float32, "cuda")
     torch._dynamo.reset()
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.filterwarnings("error", message=".*without torch.compile.*")
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True), torch.no_grad():
         for columns in range(40, 52):
             hidden, visible = (x.cuda() for x in long_input(columns))
             found, expected = (apply(b, hidden.float(), visible) for b in (block, exact))

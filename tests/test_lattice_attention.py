@@ -31,7 +31,8 @@ def build(config: ExchangeConfig, dtype: torch.dtype = torch.float64, device: st
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in block.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.6)
+            scale = 1.5 * parameter.shape[-1] ** -0.5  # some contrast, and the same one at every width
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale)
     return block.to(device, dtype)
 
 
