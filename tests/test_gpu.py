@@ -26,7 +26,7 @@ CONFIGS = {
 }
 # From float64 on the same numbers: in float32 the largest difference, as a share of the largest entry; in bfloat16,
 # whose 8 bits make single entries noisy, the norm of the difference as a share of the norm.
-TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 0.05}
+TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 0.1}
 
 
 @pytest.fixture(autouse=True)
