@@ -21,6 +21,7 @@ from lace_lightning.lattice import Lattice
 
 INNER = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 PREFIX = "lace_"
+SOFTMAX_LAYERS = {"full_attention", "sliding_attention"}
 
 
 class BackboneError(ValueError):
@@ -85,7 +86,8 @@ def connect(backbone: PreTrainedModel) -> None:
     """Let every layer of the model see the ``lattice`` keyword of its forward.
 
     Raises:
-        BackboneError: the model's attention does not go through transformers' attention interface.
+        BackboneError: the model's attention does not go through transformers' attention interface, or some layer is
+            of another kind.
     """
     base = causal_lm(backbone)
     decoder = decoder_of(backbone)
@@ -93,6 +95,12 @@ def connect(backbone: PreTrainedModel) -> None:
         raise BackboneError(
             f"the attention of {type(base).__name__} does not go through transformers' attention interface "
             "(_supports_attention_backend is not set): it cannot carry an exchange"
+        )
+    foreign = set(getattr(text_config(base), "layer_types", None) or []) - SOFTMAX_LAYERS
+    if foreign:
+        raise BackboneError(
+            f"{type(base).__name__} has layers of type {', '.join(sorted(foreign))}: only layers of type "
+            f"{' and '.join(sorted(SOFTMAX_LAYERS))} ignore waiting columns, as every layer of a backbone must"
         )
     inner = text_config(base)._attn_implementation or "eager"
     if not inner.startswith(PREFIX):

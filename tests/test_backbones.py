@@ -418,6 +418,11 @@ def qwen3_next():
     return transformers.Qwen3NextForCausalLM(config)
 
 
+def lfm2():
+    config = transformers.Lfm2Config(**_TINY, num_key_value_heads=2, layer_types=["conv", "full_attention"] * 2)
+    return transformers.Lfm2ForCausalLM(config)
+
+
 def granite():
     return transformers.GraniteForCausalLM(
         transformers.GraniteConfig(**_TINY, num_key_value_heads=2, logits_scaling=3.0)
@@ -440,6 +445,7 @@ def deepseek():
         (gpt2, "GPT2LMHeadModel has no decoder with a list of layers"),
         (xglm, "XGLMForCausalLM does not go through transformers' attention interface"),
         (mamba, "MambaForCausalLM"),
+        (qwen3_next, "Qwen3NextForCausalLM does not go through transformers' attention interface"),
         (granite, "not its output embedding"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -449,9 +455,18 @@ def test_models_that_cannot_carry_an_exchange_say_why(make, reason):
         ThreadedLM(make(), LatticeAttentionConfig(width=8, heads=2))
 
 
-def test_linear_attention_layers_cannot_carry_an_exchange():
-    with pytest.raises(BackboneError, match="Qwen3NextForCausalLM"):
-        ThreadedLM(qwen3_next(), LatticeAttentionConfig(width=8, heads=2), layers=[0, 1])
+@pytest.mark.parametrize("layers", [[0, 1], [1, 3], []], ids=str)
+def test_hybrid_models_are_refused_also_where_no_exchange_touches_their_other_layers(layers):
+    """A convolution or a recurrent state moves on over waiting columns: an isolated thread with holes would differ."""
+    with pytest.raises(BackboneError, match="Lfm2ForCausalLM has layers of type conv"):
+        ThreadedLM(lfm2(), LatticeAttentionConfig(width=8, heads=2), layers=layers)
+
+
+def test_a_layer_whose_attention_is_not_reached_is_named():
+    backbone = tiny_backbone()
+    backbone.model.layers[2].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    with pytest.raises(BackboneError, match=r"layers \[2\] of Qwen3ForCausalLM"):
+        ThreadedLM(backbone, EXCHANGES["causal"], layers=[1, 2])
 
 
 def test_attention_of_another_width_than_the_config_says_is_refused():
