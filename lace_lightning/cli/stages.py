@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import lace_lightning
@@ -14,7 +15,6 @@ from lace_lightning.callbacks import GracefulStop, SaveConfig
 from lace_lightning.cli.main import explain
 from lace_lightning.datamodules.base import GroupData
 from lace_lightning.modules import ThreadedModule
-from lace_lightning.tracking import MLflowLogger
 
 SHIPPED = Path(lace_lightning.__file__).parent
 """Where ``configs/…`` is looked for when it is not under the working directory: inside the installed package."""
@@ -44,8 +44,14 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def build(arguments: Sequence[str], run: bool = True) -> LaceCLI:
-    """The CLI for the arguments; runs the subcommand unless told not to (then give no subcommand)."""
+def build(arguments: Sequence[str], run: bool = True, callbacks: Sequence[Callback] = ()) -> LaceCLI:
+    """The CLI for the arguments; runs the subcommand unless told not to (then give no subcommand).
+
+    Args:
+        arguments: what stands behind ``lace``.
+        run: False only parses and builds.
+        callbacks: callbacks besides those of the configuration.
+    """
     return LaceCLI(
         ThreadedModule,
         GroupData,
@@ -54,7 +60,11 @@ def build(arguments: Sequence[str], run: bool = True) -> LaceCLI:
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
-        trainer_defaults={"logger": {"class_path": f"{MLflowLogger.__module__}.MLflowLogger"}},
+        trainer_defaults={
+            "logger": {"class_path": "lace_lightning.tracking.MLflowLogger"},
+            "plugins": [{"class_path": "lace_lightning.checkpoint_io.AtomicCheckpointIO"}],
+            "callbacks": list(callbacks),
+        },
         args=with_shipped_configs(arguments),
         run=run,
     )
