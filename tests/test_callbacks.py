@@ -25,12 +25,13 @@ from lace_lightning.datamodules.traces import TraceData
 from lace_lightning.diversity import edit_diversity, embedding_diversity
 from lace_lightning.embedding import NgramEmbedder
 from lace_lightning.exchange import Isolated, LatticeAttentionConfig, SameStepConfig
-from lace_lightning.metrics import DESCRIPTIONS, EvaluationSummary
+from lace_lightning.metrics import DESCRIPTIONS, EvaluationSummary, ReadingMetrics
 from lace_lightning.model_spec import ModelSpec
 from lace_lightning.modules import DecodingSpec, LatticeGRPO, SupervisedFinetuning
 from lace_lightning.policy_loss import PolicyLoss
 from lace_lightning.puzzles import Doors
 from lace_lightning.rewards import AccuracyReward, DiversityReward
+from lace_lightning.traces.template import Segment
 from lace_lightning.tracking import MLflowLogger
 
 NUM_THREADS = 3
@@ -141,7 +142,7 @@ def test_training_metrics_come_every_n_steps(tmp_path, every, trainers, steps):
     logger = run(tmp_path, callbacks, log_every_n_steps=trainers, limit_val_batches=0).logger
     assert logger.steps_of("diversity/embedding") == logger.steps_of("train/tags/fmt") == steps
     assert len(logger.texts.get("samples/train.html", [])) == len(steps)
-    assert len(logger.tables.get("samples_train", [])) == len(steps)
+    assert [len(rows) for rows in logger.tables.get("samples_train", [])] == [NUM_THREADS] * len(steps)
 
 
 @pytest.mark.parametrize(("trainers", "steps"), [(2, [1, 3]), (4, [3]), (0, [])])
@@ -229,6 +230,17 @@ def test_validation_pictures_and_tables_come_once_per_validation_at_its_step(fit
         assert [step for image, step in fitted.logger.images if image == name] == steps
     for name in ("tags", "samples_val", "val_summary"):
         assert len(fitted.logger.tables[name]) == 2
+    assert [rows[0]["num_groups"] for rows in fitted.logger.tables["val_summary"]] == [5, 5]  # not 5 and 10
+
+
+def test_a_second_evaluation_starts_afresh(tmp_path):
+    path = tmp_path / "summary.json"
+    callbacks = [SampleGroups(9), ValidationTable(str(path))]
+    for do in ("test", "test", "validate", "validate"):
+        done = run(tmp_path, callbacks, do=do)
+        phase = {"test": "test", "validate": "val"}[do]
+        assert json.loads(path.read_text())["num_groups"] == 5
+        assert len(done.logger.tables[f"samples_{phase}"][0]) == 5 * NUM_THREADS
 
 
 def test_training_diversity_and_tags_are_those_of_the_batch(tmp_path, monkeypatch):
@@ -254,6 +266,28 @@ def test_the_confusion_table_counts_every_thread_of_the_validation(fitted):
     assert sum(value for row in rows for value in list(row.values())[1:]) == 5 * NUM_THREADS
     counts = fitted.module.evaluation_metrics("val")[1].compute()["confusion"]
     assert [list(row.values())[1:] for row in rows] == counts.tolist()
+
+
+def test_gates_are_counted_for_every_token_that_the_threads_wrote(tmp_path, monkeypatch):
+    seen, threads = [], []
+    step, update = LatticeGRPO.validation_step, ReadingMetrics.update
+
+    def step_and_keep(*args):
+        outputs = step(*args)
+        threads.extend(thread for group in outputs["sampled"].groups for thread in group.threads)
+        return outputs
+
+    def update_and_keep(metrics, readings, segments):
+        update(metrics, readings, segments)
+        seen.append(segments.flatten())
+
+    monkeypatch.setattr(LatticeGRPO, "validation_step", step_and_keep)
+    monkeypatch.setattr(ReadingMetrics, "update", update_and_keep)
+    run(tmp_path, [GateMonitor(9)], do="validate", num_sanity_val_steps=0)
+    counts = torch.cat(seen).bincount(minlength=6).tolist()
+    assert counts[Segment.PROMPT] == 0
+    assert counts[Segment.ENVIRONMENT] == sum(sum(thread.forced) for thread in threads) > 0
+    assert sum(counts[Segment.THOUGHT :]) == sum(thread.num_tokens for thread in threads)
 
 
 def test_gate_scalars_do_not_depend_on_how_the_batch_was_split(tmp_path, monkeypatch):

@@ -184,6 +184,7 @@ def test_threads_without_opening_or_tag_keep_their_last_segment():
     assert names("3 4 [[best]]") == ["THOUGHT"] * 3  # a tag that assesses nothing
     assert names("3 ; 4 5") == ["THOUGHT", *["ASSESSMENT"] * 3]
     assert names("3 ; 4 [[best]] [[fail]] 5") == ["THOUGHT", *["ASSESSMENT"] * 2, *["TAG"] * 3]
+    assert names("3 ; 4 <eos>") == ["THOUGHT", *["ASSESSMENT"] * 2, "TAG"]
     assert names("") == []
 
 
