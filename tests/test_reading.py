@@ -89,7 +89,8 @@ BAD_TRACES = [
     (b'{"id": "\xff"}', "not JSON: .*utf-8"),
     ("[1]", "row must be an object, not list"),
     (damage(lambda row: row.pop("id")), "missing field 'id'"),
-    (damage(lambda row: row.update(id=7)), "field 'id' must be a string, not int"),
+    (damage(lambda row: row.update(id=7.5)), "field 'id' must be a string, not float"),
+    (damage(lambda row: row.update(answer=True)), "field 'answer' must be a string, not bool"),
     (damage(lambda row: row.update(problem=" ")), "field 'problem' is empty"),
     (damage(lambda row: row.update(facts=[1])), "field 'facts' must be a JSON object"),
     (damage(lambda row: row.update(facts="{")), "field 'facts' must be a JSON object: not JSON"),
@@ -156,6 +157,14 @@ def test_adapt_has_the_last_word_on_each_row(tmp_path: Path) -> None:
         assert [t.problem.text for t in read_traces(path, on_bad="skip", adapt=adapt)] == ["reworded"] * 2
     with pytest.raises(BadDataError, match=f"{path}:1: missing field 'target'"):
         read_problems(path, adapt=lambda problem: replace(problem, answer=problem.facts["target"]))
+
+
+def test_whole_numbers_as_id_and_answer_become_their_digits(tmp_path: Path) -> None:
+    """Rows as of HuggingFaceH4/aime_2024, the default of configs/real/aime24.yaml, and answers as of its kin."""
+    row = {"id": 60, "problem": "x?", "solution": "so", "answer": 204, "url": "u", "year": "2024"}
+    path = write_lines(tmp_path / "p.jsonl", [json.dumps(row)])
+    facts = {"solution": "so", "url": "u", "year": "2024"}
+    assert read_problems(path) == [Problem("60", "x?", "204", facts)]
 
 
 def test_extra_keys_of_a_problem_become_facts_and_ids_must_differ(tmp_path: Path) -> None:

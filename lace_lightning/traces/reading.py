@@ -111,9 +111,9 @@ def parse_problem(row: object) -> Problem:
     if not text.strip():
         raise ValueError("field 'problem' is empty")
     return Problem(
-        id=_string(fields, "id"),
+        id=_string_or_number(fields, "id"),
         text=text,
-        answer=_string(fields, "answer"),
+        answer=_string_or_number(fields, "answer"),
         facts=_facts(fields.get("facts")) | extra,
         source=_string(fields, "source", default=""),
     )
@@ -200,6 +200,12 @@ def _string(fields: dict[str, Any], key: str, default: str | None = None) -> str
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
         raise ValueError(f"field {key!r} holds half a surrogate pair, which is no Unicode text")
     return value
+
+
+def _string_or_number(fields: dict[str, Any], key: str) -> str:
+    """A string; public data sets also hold ids and answers as whole numbers, which become their digits."""
+    value = fields.get(key)
+    return str(value) if type(value) is int else _string(fields, key)
 
 
 def _named(name: str, parse: Callable[[object], TraceThread], value: object) -> TraceThread:
