@@ -1,0 +1,7 @@
+"""``python -m lace_lightning`` is the ``lace`` command."""
+
+import sys
+
+from lace_lightning.cli.main import main
+
+sys.exit(main())
