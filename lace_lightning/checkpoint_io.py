@@ -1,4 +1,4 @@
-"""Checkpoint files that are whole or absent, whatever kills the process that writes them."""
+"""Checkpoint files that are whole or absent, whatever kills the process that writes them, and are checked when read."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+
+from lace_lightning.checkpoints import read_checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -33,3 +35,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read onto the CPU; no code is run from the file, URLs included.
+
+        Raises:
+            CheckpointError: a local file is missing, damaged, foreign, or would run code.
+        """
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, weights_only=True)
+        return read_checkpoint(path)

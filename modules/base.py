@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -12,7 +13,16 @@ from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lace_lightning.checkpoints import TRAINED, CheckpointError, initialise
+from lace_lightning.checkpoints import (
+    FROZEN,
+    TRAINED,
+    CheckpointError,
+    check_fit,
+    check_frozen,
+    initialise,
+    sample_frozen,
+    weights_of,
+)
 from lace_lightning.datamodules.base import GroupData
 from lace_lightning.decoding import Group, Rollout, Sampling, group_seed, make_decoder, to_groups
 from lace_lightning.embedding import Embedder, NgramEmbedder
@@ -20,12 +30,15 @@ from lace_lightning.metrics import GroupMetrics, TagConfusion
 from lace_lightning.metrics.names import TAG_METRICS
 from lace_lightning.model_spec import ModelSpec
 from lace_lightning.modules.optimizer import OptimizerSpec
+from lace_lightning.rewards import Reward
 from lace_lightning.tasks import Verdict
 from lace_lightning.threaded_lm import ThreadedLM
 from lace_lightning.traces.schema import Problem
 
 SETTINGS = "lace_settings"
 """Key of a checkpoint: the settings of the run that wrote it, as JSON."""
+SEED = "lace_seed"
+"""Key of a checkpoint: the seed of what is random inside the model."""
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -89,7 +102,9 @@ class ThreadedModule(LightningModule):
         self.optimizer_spec = optimizer or OptimizerSpec()
         self.validation = validation or DecodingSpec()
         self.init_from = list(init_from)
+        self.strict_loading = False  # on_load_checkpoint knows better what must be there
         self.model: ThreadedLM | None = None
+        self._seed = torch.initial_seed()
         embedder = embedder or NgramEmbedder()
         self.group_metrics = nn.ModuleDict({name: GroupMetrics(embedder) for name in ("val", "test")})
         self.tag_metrics = nn.ModuleDict({name: TagConfusion() for name in ("val", "test")})
@@ -144,39 +159,59 @@ class ThreadedModule(LightningModule):
     def trained_names(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load what this stage trains; anything missing or foreign is an error."""
-        trained = self.trained_names()
-        if missing := sorted(trained - set(state_dict)):
-            raise CheckpointError(f"the checkpoint lacks {len(missing)} trained tensors, {missing[0]} among them")
-        if foreign := sorted(set(state_dict) - set(self.state_dict())):
-            raise CheckpointError(f"the checkpoint has {foreign[0]}, which this model lacks")
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
+    def settings(self) -> dict[str, Any]:
+        """Options under ``model`` that shape the numbers of training: what a resumed run must agree on."""
+        return {"stage": self.stage, "spec": self.spec, "optimizer": self.optimizer_spec}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = self.trained_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint[TRAINED] = sorted(trained)
-        checkpoint[SETTINGS] = json.dumps(self.settings())
+        checkpoint[FROZEN] = sample_frozen(self)
+        checkpoint[SETTINGS] = json.dumps(dict(_flatten(self.settings())))
+        checkpoint[SEED] = self._seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if not self.trainer.training:
-            return
-        then, now = json.loads(checkpoint.get(SETTINGS, "{}")), self.settings()
-        if changed := [name for name in now if then.get(name) != now[name]]:
-            differences = "; ".join(f"{name} was {then.get(name)} and is {now[name]}" for name in changed)
+        """Refuse what does not belong here, before anything is changed.
+
+        Raises:
+            CheckpointError: the checkpoint is foreign, lacks something that this stage trains, rests on other frozen
+                weights or, if a run is to be resumed, was written under other settings.
+        """
+        path, own = self.trainer.ckpt_path or "", self.state_dict()
+        weights = weights_of(checkpoint, path)
+        check_fit(weights, own, path)
+        if missing := sorted(self.trained_names() - set(weights)):
+            raise CheckpointError(f"checkpoint {path} lacks {len(missing)} trained tensors, {missing[0]} among them")
+        check_frozen(checkpoint, own | weights, path)
+        if self.trainer.training:
+            self._check_settings(json.loads(checkpoint[SETTINGS]), path)
+            self._seed = checkpoint[SEED]
+
+    def _check_settings(self, then: dict[str, str], path: str | Path) -> None:
+        now = dict(_flatten(self.settings()))
+        values = {name: (then.get(name, "not set"), now.get(name, "not set")) for name in then | now}
+        changed = [f"model.{name} was {old} and is {new}" for name, (old, new) in values.items() if old != new]
+        if changed:
             raise CheckpointError(
-                f"--ckpt_path resumes a run as it was, but {differences}. To start a new run from these weights, "
-                "give the file as --model.init_from instead"
+                f"--ckpt_path {path} resumes a run as it was, but {'; '.join(changed)}. To start a new run from these "
+                "weights, give the file as model.init_from instead"
             )
 
-    def settings(self) -> dict[str, str]:
-        """Everything that shapes the numbers of this run, flat: what a resumed run must agree on."""
-        parts = {"stage": self.stage, "spec": self.spec, "optimizer": self.optimizer_spec}
-        return dict(_flatten(parts))
+    # ---------------------------------------------------------------- optimisation
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed dropout by its place in the run: a resumed run draws what it would have."""
+        place = (self.trainer.current_epoch, batch_idx, self.trainer.global_rank)
+        torch.manual_seed(group_seed("dropout", self._seed, *place))
+
+    @property
+    def num_optimizer_steps(self) -> float:
+        """Optimizer steps in the whole run; infinite if nothing limits it."""
+        return self.trainer.estimated_stepping_batches
 
     def configure_optimizers(self) -> Any:
-        optimizer, scheduler = self.optimizer_spec.build(self.parameters(), self.trainer.estimated_stepping_batches)
+        optimizer, scheduler = self.optimizer_spec.build(self.parameters(), self.num_optimizer_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def check_finite(self, loss: Tensor) -> None:
@@ -195,15 +230,13 @@ class ThreadedModule(LightningModule):
         assert self.model is not None
         data = self.data
         prompts = [data.task.template.encode_prompt(problem.text, data.tokenizer) for problem in problems]
-        room = data.max_length - max(len(prompt) for prompt in prompts)
+        limits = [min(spec.max_new_tokens, data.max_length - len(prompt)) for prompt in prompts]
         num_threads = spec.num_threads or self.spec.num_threads
-        decoder = make_decoder(
-            self.model, data.tokenizer, data.task.template, min(spec.max_new_tokens, room), spec.sampling, spec.barrier
-        )
+        decoder = make_decoder(self.model, data.tokenizer, data.task.template, max(limits), spec.sampling, spec.barrier)
         environment = data.task.environment(problems, num_threads, data.tokenizer)
         was_training = self.model.training
         self.model.eval()
-        rollout = decoder.decode(prompts, num_threads, seeds, environment)
+        rollout = _cut(decoder.decode(prompts, num_threads, seeds, environment), limits, data.tokenizer.pad_token_id)
         self.model.train(was_training)
         groups = to_groups(rollout, problems, seeds, data.tokenizer, data.task.template)
         flat = data.task.judge([(group.problem, thread) for group in groups for thread in group.threads])
@@ -258,12 +291,31 @@ class ThreadedModule(LightningModule):
         return cast(GroupMetrics, self.group_metrics[name]), cast(TagConfusion, self.tag_metrics[name])
 
 
+def _cut(rollout: Rollout, limits: Sequence[int], pad_id: int) -> Rollout:
+    """Each group as if it had been decoded with its own limit of columns after the prompt, not with the largest."""
+    times = torch.arange(rollout.input_ids.shape[-1], device=rollout.input_ids.device) - rollout.prompt_length
+    beyond = (times >= torch.tensor(limits, device=times.device)[:, None])[:, None]
+    return Rollout(
+        input_ids=rollout.input_ids.masked_fill(beyond, pad_id),
+        attention_mask=rollout.attention_mask & ~beyond,
+        forced=rollout.forced & ~beyond,
+        logprobs=rollout.logprobs.masked_fill(beyond, 0.0),
+        prompt_length=rollout.prompt_length,
+        finished=rollout.finished & ~(rollout.attention_mask & beyond).any(-1),
+    )
+
+
 def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, repr) of every leaf of nested dicts and dataclasses."""
+    """(dotted name, repr) of every leaf of nested dicts, lists, dataclasses and rewards."""
     if isinstance(value, dict):
         items = list(value.items())
+    elif isinstance(value, list):
+        items = list(enumerate(value))
     elif is_dataclass(value):
         items = [("type", type(value).__name__), *((f.name, getattr(value, f.name)) for f in fields(value))]
+    elif isinstance(value, Reward):
+        plain = {name: part for name, part in vars(value).items() if isinstance(part, bool | int | float | str)}
+        items = [("type", type(value).__name__), *plain.items()]
     else:
         yield prefix, repr(value)
         return

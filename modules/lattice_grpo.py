@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lace_lightning.decoding import Rollout, group_seed
 from lace_lightning.embedding import Embedder
@@ -27,7 +27,7 @@ from lace_lightning.traces.schema import Problem
 
 
 class LatticeGRPO(ThreadedModule):
-    """Samples G groups of N threads per problem and raises the probability of the better ones.
+    """Samples G groups of N threads per problem and raises the probability of the better ones; dropout is off.
 
     Args:
         spec, optimizer, validation, init_from, embedder: see :class:`~lace_lightning.modules.base.ThreadedModule`.
@@ -37,7 +37,9 @@ class LatticeGRPO(ThreadedModule):
         groups_per_problem: G.
         advantage_scale: ``none``, or ``std`` to divide by the standard deviation over the G groups.
         passes: optimisation passes over each rollout.
-        minibatches: optimizer steps per pass, each on its share of the groups.
+        minibatches: optimizer steps per pass, each on its share of the groups. ``trainer.max_steps`` and
+            ModelCheckpoint's ``every_n_train_steps`` count optimizer steps, of which every batch takes passes times
+            minibatches, the last one too; logged steps count batches.
         microbatch_size: groups per forward and backward pass, to bound memory; null: a minibatch at once.
         gradient_clip: largest norm of the gradient; 0 leaves it.
 
@@ -84,13 +86,22 @@ class LatticeGRPO(ThreadedModule):
 
     def configure_model(self) -> None:
         super().configure_model()
+        _disable_dropout(self._model())
         if self.loss.kl_weight and not self._reference:
-            assert self.model is not None
-            self._reference = [copy.deepcopy(self.model).requires_grad_(False).eval()]
+            self._reference = [copy.deepcopy(self._model()).requires_grad_(False).eval()]
 
-    def settings(self) -> dict[str, str]:
-        names = ("loss", "rollout", "groups_per_problem", "advantage_scale", "passes", "minibatches", "gradient_clip")
-        return super().settings() | {name: repr(getattr(self, name)) for name in names}
+    def settings(self) -> dict[str, Any]:
+        names = (
+            "rollout", "rewards", "loss", "groups_per_problem", "advantage_scale", "passes", "minibatches",
+            "gradient_clip",
+        )  # fmt: skip
+        return super().settings() | {name: getattr(self, name) for name in names}
+
+    @property
+    def num_optimizer_steps(self) -> float:
+        """Lightning's estimate takes every batch for one step."""
+        steps = super().num_optimizer_steps * self.passes * self.minibatches
+        return steps if self.trainer.max_steps == -1 else min(steps, self.trainer.max_steps)
 
     def training_step(self, batch: list[Problem], batch_idx: int) -> dict[str, Any]:
         """Sample, reward, and take ``passes * minibatches`` optimizer steps."""
@@ -118,7 +129,6 @@ class LatticeGRPO(ThreadedModule):
     def _optimise(self, rollout: Rollout, advantages: Tensor) -> list[LossOutput]:
         """All optimizer steps on one rollout; the outputs of each."""
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        length = rollout.input_ids.shape[-1] - rollout.prompt_length
         old = reference = None
         if self.passes * self.minibatches > 1:
             old = self._score_all(self._model(), rollout)
@@ -130,7 +140,7 @@ class LatticeGRPO(ThreadedModule):
         for _ in range(self.passes):
             order = torch.randperm(len(advantages), generator=generator).to(self.device)
             for groups in order.tensor_split(self.minibatches):
-                weights = self.loss.token_weights(rollout.chosen[groups], length)
+                weights = self.loss.token_weights(rollout.chosen[groups], self.rollout.max_new_tokens)
                 output = self._backward(rollout, groups, advantages, weights, old, reference)
                 self.check_finite(output.loss)
                 if self.gradient_clip:
@@ -153,9 +163,10 @@ class LatticeGRPO(ThreadedModule):
         """Accumulate the gradient of one minibatch, a microbatch at a time; returns its summed outputs.
 
         Groups with advantage 0 have no gradient (unless the KL term gives one) and are not computed at all; their
-        tokens still count in the averages.
+        tokens still count in the averages. Several processes compute them: all must take as many backward passes.
         """
-        learns = torch.ones_like(groups, dtype=torch.bool) if self.loss.kl_weight else advantages[groups] != 0
+        is_needed = bool(self.loss.kl_weight) or self.trainer.world_size > 1
+        learns = (advantages[groups] != 0) | is_needed
         groups, weights = groups[learns], weights[learns]
         totals = [torch.zeros((), device=self.device) for _ in LossOutput._fields]
         size = self.microbatch_size or max(1, len(groups))
@@ -215,6 +226,15 @@ class LatticeGRPO(ThreadedModule):
         metrics |= {f"time/{name}": torch.tensor(share) for name, share in clock.shares().items()}
         self.log_dict(metrics, batch_size=len(rewards))
         self.log("train/reward", metrics["reward/total"], prog_bar=True, logger=False, batch_size=len(rewards))
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """The policy that is optimised is the one that was sampled, not one with holes in it."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):  # transformers' attention modules keep a number
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 class _Clock:

@@ -56,6 +56,6 @@ class OptimizerSpec:
             return (step + 1) / (self.warmup_steps + 1)
         if self.schedule == "constant" or math.isinf(total_steps):
             return 1.0
-        done = min(1.0, (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps))
+        done = min(1.0, (step - self.warmup_steps) / max(1, total_steps - 1 - self.warmup_steps))
         left = 1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
         return 0.1 + 0.9 * left

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -11,7 +11,7 @@ from lace_lightning.embedding import Embedder
 from lace_lightning.model_spec import ModelSpec
 from lace_lightning.modules.base import DecodingSpec, ThreadedModule
 from lace_lightning.modules.optimizer import OptimizerSpec
-from lace_lightning.threaded_lm import ThreadedLM
+from lace_lightning.threaded_lm import ThreadedLM, previous_token
 from lace_lightning.traces.batch import TraceBatch
 
 
@@ -26,7 +26,9 @@ class TraceStage(ThreadedModule):
         assert self.model is not None
         targets = self.targets(batch)
         logprobs = self.model.token_logprobs(batch.input_ids, batch.attention_mask, targets, batch.prompt_length)
-        loss = -logprobs.sum() / targets.sum()
+        # The first token of a prompt has nothing to be predicted from.
+        num_predicted = (targets & (previous_token(batch.attention_mask) >= 0)).sum()
+        loss = -logprobs.sum() / num_predicted
         self.check_finite(loss)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.input_ids))
         return loss
@@ -84,3 +86,6 @@ class SupervisedFinetuning(TraceStage):
 
     def targets(self, batch: TraceBatch) -> Tensor:
         return batch.written
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"learn": self.learn}
