@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lace_lightning.callbacks.reporting import mlflow_loggers, sampled_in, threaded
 from lace_lightning.metrics import EvaluationSummary
+from lace_lightning.tracking.run_folder import run_folder
 from lace_lightning.tracking.spool import replace_text
 
 
@@ -21,7 +22,8 @@ class ValidationTable(Callback):
     The same goes to MLflow as table ``val_summary`` or ``test_summary``.
 
     Args:
-        path: JSON file to write it to as well: ``metrics``, ``intervals``, ``num_groups`` and ``ceiling``.
+        path: JSON file for ``metrics``, ``intervals``, ``num_groups`` and ``ceiling``; null: ``val_summary.json`` or
+            ``test_summary.json`` in the run's folder.
         during_fit: also after each validation of ``lace fit``.
 
     Raises:
@@ -84,8 +86,9 @@ class ValidationTable(Callback):
         from rich import print as rich_print
 
         rich_print(summary.table(phase))
-        if self.path is not None:
-            replace_text(Path(self.path), json.dumps(summary.as_json(), indent=2) + "\n")
+        path = run_folder(trainer) / f"{phase}_summary.json" if self.path is None else Path(self.path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(summary.as_json(), indent=2) + "\n")
         for logger in mlflow_loggers(trainer):
             logger.log_table(summary.rows(), f"{phase}_summary")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -14,11 +15,15 @@ STAGES = {
     "predict": "sample groups and write them as JSON lines",
 }
 TOOLS = {
+    "init": ("lace_lightning.cli.init", "copy the shipped configs, to edit"),
     "generate": ("lace_lightning.cli.generate", "a prompt in, N threads side by side in the terminal"),
     "demo": ("lace_lightning.cli.demo", "train and compare threads that talk and threads that don't, in minutes"),
     "ui": ("lace_lightning.cli.ui", "browse the runs in MLflow, on this machine only"),
     "sync": ("lace_lightning.cli.sync", "send what a dead tracking server missed"),
 }
+
+MISTAKE, INTERRUPTED = 2, 130
+"""Exit codes: of a mistake that the user can mend, and the one that shells give to a command ended by Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,18 +35,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if command not in STAGES and command not in TOOLS:
         print(f"lace: {command!r} is no command\n\n{_help()}", file=sys.stderr)
-        return 2
-    if command in TOOLS:
-        return import_module(TOOLS[command][0]).run(arguments[1:])
-    return import_module("lace_lightning.cli.stages").run(arguments)
+        return MISTAKE
+    module, rest = (TOOLS[command][0], arguments[1:]) if command in TOOLS else ("lace_lightning.cli.stages", arguments)
+    try:
+        return import_module(module).run(rest)
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def explain(error: Exception) -> int:
     """Print an error as one message for its reader; returns the exit code. ``LACE_TRACEBACK=1`` shows its way too."""
     if os.environ.get("LACE_TRACEBACK"):
         raise error
-    print(f"lace: error: {error}\n(LACE_TRACEBACK=1 shows where it was raised)", file=sys.stderr)
-    return 2
+    print(f"lace: error: {without_unions(str(error))}\n(LACE_TRACEBACK=1 shows where it was raised)", file=sys.stderr)
+    return MISTAKE
+
+
+def without_unions(message: str) -> str:
+    """A message of jsonargparse without its report on the union (our class or None) in which the mistake was found."""
+    noise = (
+        r"Does not validate against any of|Subtypes: |Errors:$|- Expected a <class 'NoneType'>|Given value( type)?: "
+    )
+    told = "\n".join(line for line in message.splitlines() if not re.match(rf"\s*({noise})", line))
+    return told.strip().removeprefix("- ")
 
 
 def _help() -> str:
@@ -55,7 +71,3 @@ def _help() -> str:
         *(f"  {name:<10}{meaning}" for name, (_, meaning) in TOOLS.items()),
     ]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

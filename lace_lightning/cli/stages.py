@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 import warnings
+from argparse import ArgumentError
 from collections.abc import Sequence
-from pathlib import Path
 
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-import lace_lightning
 from lace_lightning.callbacks import GracefulStop, SaveConfig
-from lace_lightning.cli.main import explain
+from lace_lightning.cli.main import STAGES, explain
+from lace_lightning.cli.shipped import with_shipped_configs
 from lace_lightning.datamodules.base import GroupData
 from lace_lightning.modules import ThreadedModule
+from lace_lightning.modules.base import NonFiniteLossError
+from lace_lightning.tracking import TrackingError
 
-SHIPPED = Path(lace_lightning.__file__).parent
-"""Where ``configs/…`` is looked for when it is not under the working directory: inside the installed package."""
+MISTAKES = (ArgumentError, ValueError, OSError, MisconfigurationException, NonFiniteLossError, TrackingError)
+"""What a user can mend: shown as one message. Anything else is a bug of ours and keeps its traceback."""
 
 
 class LaceCLI(LightningCLI):
@@ -39,7 +42,7 @@ def run(arguments: Sequence[str]) -> int:
     _quieten()
     try:
         build(arguments)
-    except (ValueError, TypeError, FileNotFoundError, ArithmeticError, RuntimeError) as error:
+    except MISTAKES as error:
         return explain(error)
     return 0
 
@@ -51,7 +54,11 @@ def build(arguments: Sequence[str], run: bool = True, callbacks: Sequence[Callba
         arguments: what stands behind ``lace``.
         run: False only parses and builds.
         callbacks: callbacks besides those of the configuration.
+
+    Raises:
+        ArgumentError: an option or a key of a config is unknown, or its value is of a wrong type.
     """
+    raise_errors = {"exit_on_error": False}
     return LaceCLI(
         ThreadedModule,
         GroupData,
@@ -60,26 +67,16 @@ def build(arguments: Sequence[str], run: bool = True, callbacks: Sequence[Callba
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
+        auto_configure_optimizers=False,  # the stages configure their own: model.optimizer
         trainer_defaults={
             "logger": {"class_path": "lace_lightning.tracking.MLflowLogger"},
             "plugins": [{"class_path": "lace_lightning.checkpoint_io.AtomicCheckpointIO"}],
             "callbacks": list(callbacks),
         },
+        parser_kwargs={**raise_errors, **{stage: dict(raise_errors) for stage in STAGES}},
         args=with_shipped_configs(arguments),
         run=run,
     )
-
-
-def with_shipped_configs(arguments: Sequence[str]) -> list[str]:
-    """Arguments in which a missing ``configs/….yaml`` is replaced by the one that the package ships."""
-
-    def find(argument: str) -> str:
-        flag, equals, path = argument.rpartition("=")
-        shipped = SHIPPED / path
-        is_missing = path.startswith("configs/") and not Path(path).exists() and shipped.exists()
-        return f"{flag}{equals}{shipped}" if is_missing else argument
-
-    return [find(argument) for argument in arguments]
 
 
 def _quieten() -> None:
