@@ -6,6 +6,7 @@ from lace_lightning.callbacks.graceful_stop import GracefulStop
 from lace_lightning.callbacks.group_writer import GroupWriter
 from lace_lightning.callbacks.samples import SampleGroups
 from lace_lightning.callbacks.save_config import SaveConfig
+from lace_lightning.callbacks.stage_checkpoint import StageCheckpoint
 from lace_lightning.callbacks.tags import TagMonitor
 from lace_lightning.callbacks.validation_table import ValidationTable
 
@@ -16,6 +17,7 @@ __all__ = [
     "GroupWriter",
     "SampleGroups",
     "SaveConfig",
+    "StageCheckpoint",
     "TagMonitor",
     "ValidationTable",
 ]

@@ -180,13 +180,13 @@ class ThreadedModule(LightningModule):
         """
         path, own = self.trainer.ckpt_path or "", self.state_dict()
         weights = weights_of(checkpoint, path)
+        if self.trainer.training:
+            self._check_settings(json.loads(checkpoint[SETTINGS]), path)
+            self._seed = checkpoint[SEED]
         check_fit(weights, own, path)
         if missing := sorted(self.trained_names() - set(weights)):
             raise CheckpointError(f"checkpoint {path} lacks {len(missing)} trained tensors, {missing[0]} among them")
         check_frozen(checkpoint, own | weights, path)
-        if self.trainer.training:
-            self._check_settings(json.loads(checkpoint[SETTINGS]), path)
-            self._seed = checkpoint[SEED]
 
     def _check_settings(self, then: dict[str, str], path: str | Path) -> None:
         now = dict(_flatten(self.settings()))
