@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from collections import defaultdict
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import lace_lightning
@@ -112,6 +115,62 @@ def test_the_ten_lines_of_the_readme_run_as_they_stand(small_model, tmp_path, mo
     assert written == {"exchange.safetensors", "exchange.json"}
 
 
+# ---------------------------------------------------------------- make
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder in which make finds what its rules depend on."""
+    for file in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / file, tmp_path)
+    return tmp_path
+
+
+def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["make", "-C", str(folder), *arguments], capture_output=True, text=True, env={**os.environ, "MAKEFLAGS": ""}
+    )
+
+
+def test_make_refuses_an_old_python_before_it_makes_anything(checkout):
+    old = checkout / "python3.9"
+    old.write_text("#!/bin/sh\nexit 1\n")  # what the version check ends with there
+    old.chmod(0o755)
+    refused = make(checkout, "test", f"PYTHON={old}")
+    assert refused.returncode != 0 and "needs Python >= 3.11" in refused.stderr and str(old) in refused.stderr
+    assert not (checkout / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    "goal, command", [("test", "-m pytest"), ("demo", "lace demo"), ("lint", "ruff"), ("types", "mypy")]
+)
+def test_make_installs_once_and_again_when_dependencies_change(checkout, goal, command):
+    first = make(checkout, "--dry-run", goal).stdout
+    torch_alone = first.index("install --quiet --constraint constraints.txt torch")
+    assert torch_alone < first.index("--editable '.[dev]'") < first.index(command)
+    installed = checkout / ".venv/installed"
+    installed.parent.mkdir()
+    installed.touch()
+    second = make(checkout, "--dry-run", goal).stdout
+    assert "pip" not in second and command in second
+    for file in ("constraints.txt", "pyproject.toml"):
+        later = installed.stat().st_mtime + 1
+        os.utime(checkout / file, (later, later))
+        assert "--editable" in make(checkout, "--dry-run", goal).stdout
+        installed.touch()
+        os.utime(installed, (later, later))
+
+
+def test_pins_hold_every_dependency_at_a_version_that_the_package_accepts():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
+    pins = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    for text in project["dependencies"] + project["optional-dependencies"]["dev"]:
+        asked = Requirement(text)
+        assert asked.specifier.contains(pins[canonicalize_name(asked.name)]), text
+
+
 # ---------------------------------------------------------------- wheel and source distribution
 
 
@@ -169,6 +228,7 @@ def test_building_warns_of_nothing_that_setuptools_will_refuse(built):
     assert not re.search("deprecat|ambiguous", built.log, re.IGNORECASE), built.log
 
 
+@pytest.mark.slow
 def test_installed_wheel_fits_with_the_configs_it_ships(built, tmp_path):
     site, empty = tmp_path / "site", tmp_path / "empty"
     empty.mkdir()
@@ -180,7 +240,7 @@ def test_installed_wheel_fits_with_the_configs_it_ships(built, tmp_path):
         "code = main(sys.argv[1:])\n"
         f"checkout = {str(ROOT / 'lace_lightning')!r}, *({str(ROOT)!r} + '/' + f + '/' for f in {LINKED!r})\n"
         "files = [os.path.realpath(getattr(m, '__file__', None) or '/') for m in sys.modules.values()]\n"
-        "sys.exit(code or ', '.join(file for file in files if file.startswith(checkout)))\n"
+        "sys.exit(code or ', '.join(file for file in files if file.startswith(checkout)) or 0)\n"
     )
     configs = [f"--config=configs/demo/{name}.yaml" for name in ("base", "sft")]
     tiny = ["--trainer.max_steps=1", "--trainer.logger=false", "--trainer.accelerator=cpu"]
