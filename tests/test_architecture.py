@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import subprocess
 import sys
@@ -62,7 +61,7 @@ for name in {MECHANISM + DATA + MEASUREMENT}:
     loaded = {{"lightning", "lightning_fabric", "pytorch_lightning", "mlflow"}} & set(sys.modules)
     assert not loaded, f"lace_lightning.{{name}} loads {{loaded}}"
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ})
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
