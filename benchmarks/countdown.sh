@@ -5,7 +5,7 @@
 # STEPS="--trainer.max_steps 2" makes a smoke test of it, WORKERS sets the data processes of each run.
 set -euo pipefail
 
-out=$1 problems=$2
+out=$(realpath -m "$1") problems=$(realpath -m "$2")
 shift 2
 seeds=("${@:-0}")
 [[ ! -e $out ]] || { echo "OUT=$out exists: name a new folder" >&2; exit 2; }
@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 lace() { # lace LOG SUBCOMMAND STAGE RUN_FOLDER SEED [OPTIONS]
     local log=$1 command=$2 stage=$3 folder=$4 seed=$5
     shift 5
-    python3 -m lace_lightning.cli.main "$command" --config configs/countdown/base.yaml \
+    python3 -m lace_lightning "$command" --config configs/countdown/base.yaml \
         --config "configs/countdown/$stage.yaml" "$@" --seed_everything "$seed" \
         --trainer.logger false --trainer.default_root_dir "$folder" \
         --data.init_args.task.init_args.seed "$seed" --data.init_args.task.init_args.exclude "$problems" \

@@ -64,6 +64,7 @@ def validate(folder: Path, benchmark: str, **options: object) -> Validation:
         "model.init_args.validation.max_new_tokens": NUM_TOKENS,
         "trainer.accelerator": "cpu",
         "trainer.logger": "false",
+        "trainer.default_root_dir": folder,
         "trainer.enable_progress_bar": "false",
         "trainer.callbacks": "lace_lightning.callbacks.ValidationTable",
         "trainer.callbacks.path": folder / "table.json",
