@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lace_lightning.exchange.base import Geometry
+from lace_lightning.exchange.base import Exchange, Geometry, Site
 from lace_lightning.lattice import Lattice
 
 INNER = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
@@ -120,7 +120,8 @@ class _LayerHook:
         self._layer_idx = layer_idx
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        exchange, lattice = _exchange_at("layer", self._layer_idx, kwargs.get("lattice"))
+        lattice: Any = kwargs.get("lattice")
+        exchange = None if lattice is None else _exchange_at("layer", self._layer_idx, lattice)
         if exchange is None:
             return output
         hidden = output[0] if isinstance(output, tuple) else output
@@ -128,9 +129,9 @@ class _LayerHook:
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-def _exchange_at(site: str, layer_idx: int, lattice: Lattice | None) -> tuple[Any, Any]:
-    exchange = None if lattice is None else lattice.exchanges.get(layer_idx)
-    return (exchange, lattice) if exchange is not None and exchange.site == site else (None, lattice)
+def _exchange_at(site: Site, layer_idx: int, lattice: Lattice) -> Exchange | None:
+    exchange = lattice.exchanges.get(layer_idx)
+    return exchange if exchange is not None and exchange.site == site else None
 
 
 def _threaded_attention(inner: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -147,7 +148,8 @@ def _threaded_attention(inner: str) -> Callable[..., tuple[Tensor, Tensor | None
             else ALL_ATTENTION_FUNCTIONS[inner]
         )
         out, weights = attend(module, query, key, value, attention_mask, **kwargs)  # (rows, columns, heads, head_dim)
-        exchange, lattice = _exchange_at("attention", module.layer_idx, lattice)
+        # A vision tower of the same model has no layer index, and no lattice either.
+        exchange = None if lattice is None else _exchange_at("attention", module.layer_idx, lattice)
         if exchange is not None:
             out = lattice.apply(exchange, module.layer_idx, out.flatten(2)).view_as(out)
         return out, weights

@@ -69,7 +69,8 @@ class LatticeGRPO(ThreadedModule):
         super().__init__(spec, optimizer, validation, init_from, embedder)
         if groups_per_problem < 2:
             raise ValueError(f"model.groups_per_problem={groups_per_problem}: an advantage compares at least 2 groups")
-        if min(passes, minibatches, microbatch_size or 1) < 1 or gradient_clip < 0:
+        sizes = (passes, minibatches, 1 if microbatch_size is None else microbatch_size)
+        if min(sizes) < 1 or gradient_clip < 0:
             raise ValueError(
                 f"model: passes={passes}, minibatches={minibatches} and microbatch_size={microbatch_size} must be at "
                 f"least 1, gradient_clip={gradient_clip} at least 0"
@@ -95,7 +96,8 @@ class LatticeGRPO(ThreadedModule):
             "rollout", "rewards", "loss", "groups_per_problem", "advantage_scale", "passes", "minibatches",
             "gradient_clip",
         )  # fmt: skip
-        return super().settings() | {name: getattr(self, name) for name in names}
+        reference = {"init_from": self.init_from} if self.loss.kl_weight else {}  # what the KL term pulls towards
+        return super().settings() | {name: getattr(self, name) for name in names} | reference
 
     @property
     def num_optimizer_steps(self) -> float:
@@ -232,7 +234,7 @@ def _disable_dropout(model: nn.Module) -> None:
     """The policy that is optimised is the one that was sampled, not one with holes in it."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-            module.p = 0.0
+pass
         if hasattr(module, "attention_dropout"):  # transformers' attention modules keep a number
             module.attention_dropout = 0.0  # type: ignore[assignment]
 

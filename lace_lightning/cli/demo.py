@@ -84,7 +84,7 @@ def _introduction(options: LaneOptions) -> str:
         "Threads that cannot read each other find it together at most 68.4 % of the time,\n"
         "whatever they compute: 1 − (1 − 2/8)⁴, a theorem (docs/puzzles.md). More than that\n"
         "is information that passed between threads.\n"
-        f"Everything goes to {options.folder}; the lanes' own output to {options.folder}/*.log.\n"
+        f"Weights, numbers and logs go to {options.folder}, MLflow's runs to runs/.\n"
     )
 
 
@@ -121,7 +121,9 @@ def _run_lanes(lanes: dict[str, tuple[Step, ...]], options: LaneOptions, board: 
         for process in processes.values():
             process.start()
     try:
-        while any(process.is_alive() for process in processes.values()) or not events.empty():
+        is_running = True
+        while is_running or not events.empty():
+            is_running = any(process.is_alive() for process in processes.values())  # before a last look at exit codes
             try:
                 board.hear(events.get(timeout=0.2))
             except Empty:

@@ -17,7 +17,7 @@ class Step:
         name: ``method/stage``; the step's checkpoint is ``<folder>/<name>.ckpt``.
         configs: overlays on the demo's base config.
         starts_from: names of the steps whose weights it starts from, later ones winning.
-        data_seed: distinguishes the data streams of the stages.
+        data_seed: of the order in which the stage sees its data.
         is_validated: the 2,000 fresh puzzles are played after it.
         max_steps: replaces the config's; null keeps it.
     """
@@ -53,7 +53,6 @@ class Step:
     def validate(self, folder: Path, seed: int, num_problems: int | None = None) -> list[str]:
         """Arguments of ``lace`` that play the fresh puzzles with the step's weights."""
         arguments = [*self._common("validate", seed), f"--ckpt_path={self.checkpoint(folder)}"]
-        arguments += ["--trainer.limit_val_batches=1.0"]
         arguments += [f"--trainer.logger.init_args.run_name={self.name.replace('/', '-')}-seed{seed}-validation"]
         if num_problems is not None:
             arguments += [f"--data.num_problems={num_problems}"]
@@ -61,7 +60,8 @@ class Step:
 
     def _common(self, command: str, seed: int) -> list[str]:
         configs = [argument for config in (BASE, *self.configs) for argument in ("--config", config)]
-        return [command, *configs, f"--seed_everything={seed}", f"--data.seed={10 * seed + self.data_seed}"]
+        seeds = [f"--seed_everything={seed}", f"--data.task.init_args.seed={seed}", f"--data.seed={self.data_seed}"]
+        return [command, *configs, *seeds]
 
 
 PRETRAIN = Step("backbone/pretrain", ("configs/demo/pretrain.yaml",), is_validated=False)

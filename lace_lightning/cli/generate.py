@@ -44,7 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lace generate",
         description="Decode one group: N threads side by side, their tags in colour, the winner framed.",
-        epilog="examples: lace generate --run runs/demo/lace/grpo --problem 3    "
+        epilog="examples: "
+        "lace generate --config runs/demo/lace/grpo.yaml --ckpt runs/demo/lace/grpo.ckpt --problem 3    "
         "lace generate --model Qwen/Qwen3-1.7B --exchange adapter/ 'How many primes are below 100?'",
     )
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the problem's text")

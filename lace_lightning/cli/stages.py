@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lace_lightning.callbacks import GracefulStop, SaveConfig
+from lace_lightning.callbacks import GracefulStop, SaveConfig, ValidationTable
 from lace_lightning.cli.main import STAGES, explain
 from lace_lightning.cli.shipped import with_shipped_configs
 from lace_lightning.datamodules.base import GroupData
@@ -36,10 +36,24 @@ class LaceCLI(LightningCLI):
         under other settings instead (:meth:`ThreadedModule.on_load_checkpoint`).
         """
 
+    def before_predict(self) -> None:
+        """Groups are written as they come (``GroupWriter``), not kept until the end."""
+        self.config_init["predict"]["return_predictions"] = False
+
+    def before_validate(self) -> None:
+        self._leave_the_table_to_us("validate")
+
+    def before_test(self) -> None:
+        self._leave_the_table_to_us("test")
+
+    def _leave_the_table_to_us(self, subcommand: str) -> None:
+        """Lightning's own table of the same numbers, without intervals, beside ours helps nobody."""
+        if any(isinstance(callback, ValidationTable) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            self.config_init[subcommand]["verbose"] = False
+
 
 def run(arguments: Sequence[str]) -> int:
     """Run one Lightning subcommand; returns the exit code."""
-    _quieten()
     try:
         build(arguments)
     except MISTAKES as error:
@@ -58,6 +72,7 @@ def build(arguments: Sequence[str], run: bool = True, callbacks: Sequence[Callba
     Raises:
         ArgumentError: an option or a key of a config is unknown, or its value is of a wrong type.
     """
+    _quieten()
     raise_errors = {"exit_on_error": False}
     return LaceCLI(
         ThreadedModule,

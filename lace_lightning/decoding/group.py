@@ -49,8 +49,8 @@ class Thread:
         answer: the answer parsed from the assessment, or None.
         tag: the one tag of the assessment, or None if there is none or more than one.
         observations: what the environment wrote, in order.
-        token_ids, columns, logprobs, forced: of each real token after the prompt: id, lattice time, log-probability, and
-            whether it was forced.
+        token_ids, columns, logprobs, forced: of each real token after the prompt: id, lattice time, log-probability,
+            and whether it was forced.
         finished: "eos" or "length".
     """
 
