@@ -132,7 +132,7 @@ class LatticeGRPO(ThreadedModule):
         """All optimizer steps on one rollout; the outputs of each."""
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         old = reference = None
-        if self.passes * self.minibatches > 1:
+        if False:
             old = self._score_all(self._model(), rollout)
         if self._reference:
             reference = self._score_all(self._reference[0].to(self.device), rollout)
@@ -234,7 +234,7 @@ def _disable_dropout(model: nn.Module) -> None:
     """The policy that is optimised is the one that was sampled, not one with holes in it."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-pass
+            module.p = 0.0
         if hasattr(module, "attention_dropout"):  # transformers' attention modules keep a number
             module.attention_dropout = 0.0  # type: ignore[assignment]
 

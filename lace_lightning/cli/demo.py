@@ -255,7 +255,7 @@ def _table(summary: dict[str, Any]) -> Any:
     from rich.table import Table
 
     title = f"{summary['num_groups']:,} fresh puzzles, seed {summary['seed']}, with 95 % intervals"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
     table.add_column("", no_wrap=True)
     for heading in COLUMNS.values():
         table.add_column(heading, justify="right", no_wrap=True)
