@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lace_lightning.cli.printable import printable
+from lace_lightning.printable import printable
 from lace_lightning.traces.template import Segment
 
 if TYPE_CHECKING:

@@ -236,8 +236,11 @@ class ThreadedModule(LightningModule):
         environment = data.task.environment(problems, num_threads, data.tokenizer)
         was_training = self.model.training
         self.model.eval()
-        rollout = _cut(decoder.decode(prompts, num_threads, seeds, environment), limits, data.tokenizer.pad_token_id)
-        self.model.train(was_training)
+        try:
+            rollout = decoder.decode(prompts, num_threads, seeds, environment)
+        finally:
+            self.model.train(was_training)
+        rollout = _cut(rollout, limits, data.tokenizer.pad_token_id)
         groups = to_groups(rollout, problems, seeds, data.tokenizer, data.task.template)
         flat = data.task.judge([(group.problem, thread) for group in groups for thread in group.threads])
         verdicts = [flat[i : i + num_threads] for i in range(0, len(flat), num_threads)]

@@ -26,7 +26,7 @@ from lace_lightning.cli.generate import run
 from lace_lightning.cli.outcome import Outcome, why_invalid
 from lace_lightning.cli.panes import FORCED_STYLE, PaneView, complete, growing
 from lace_lightning.cli.plain import PlainView
-from lace_lightning.cli.printable import printable
+from lace_lightning.printable import printable
 from lace_lightning.cli.transcript import Span, State, Transcript
 from lace_lightning.decoding import Column, Group, GroupDecoder, Sampling, group_seed, to_groups
 from lace_lightning.exchange import LatticeAttentionConfig, SameStepConfig

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lace_lightning.cli.printable import one_line
+from lace_lightning.printable import one_line
 from lace_lightning.traces.schema import Tag
 
 if TYPE_CHECKING:

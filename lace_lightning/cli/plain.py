@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lace_lightning.cli.printable import printable
+from lace_lightning.printable import printable
 
 if TYPE_CHECKING:
     from lace_lightning.cli.outcome import Outcome
