@@ -26,12 +26,12 @@ from lace_lightning.cli.generate import run
 from lace_lightning.cli.outcome import Outcome, why_invalid
 from lace_lightning.cli.panes import FORCED_STYLE, PaneView, complete, growing
 from lace_lightning.cli.plain import PlainView
-from lace_lightning.printable import printable
 from lace_lightning.cli.transcript import Span, State, Transcript
 from lace_lightning.decoding import Column, Group, GroupDecoder, Sampling, group_seed, to_groups
 from lace_lightning.exchange import LatticeAttentionConfig, SameStepConfig
 from lace_lightning.model_spec import ModelSpec
 from lace_lightning.modules import SupervisedFinetuning
+from lace_lightning.printable import printable
 from lace_lightning.puzzles import Doors
 from lace_lightning.tasks import Verdict
 from lace_lightning.threaded_lm import ThreadedLM

@@ -15,8 +15,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lace_lightning.printable import one_line, printable
 from lace_lightning.cli.transcript import Span, State
+from lace_lightning.printable import one_line, printable
 from lace_lightning.traces.schema import Tag
 
 if TYPE_CHECKING:
