@@ -132,7 +132,7 @@ class LatticeGRPO(ThreadedModule):
         """All optimizer steps on one rollout; the outputs of each."""
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         old = reference = None
-        if False:
+        if self.passes * self.minibatches > 1:
             old = self._score_all(self._model(), rollout)
         if self._reference:
             reference = self._score_all(self._reference[0].to(self.device), rollout)
