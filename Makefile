@@ -37,7 +37,8 @@ check: lint types test
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'lace-lightning needs Python >= 3.11, and $(PYTHON) is not: make PYTHON=python3.12 …' >&2; exit 1; }
+	@echo 'Installing into .venv: once, some minutes.'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt torch setuptools
+	$(BIN)/python -m pip install --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $@
