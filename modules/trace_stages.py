@@ -30,7 +30,7 @@ class TraceStage(ThreadedModule):
         num_predicted = (targets & (previous_token(batch.attention_mask) >= 0)).sum()
         loss = -logprobs.sum() / num_predicted
         self.check_finite(loss)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.input_ids))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.input_ids), sync_dist=True)
         return loss
 
 
