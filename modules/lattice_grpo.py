@@ -142,7 +142,7 @@ class LatticeGRPO(ThreadedModule):
         for _ in range(self.passes):
             order = torch.randperm(len(advantages), generator=generator).to(self.device)
             for groups in order.tensor_split(self.minibatches):
-                weights = self.loss.token_weights(rollout.attention_mask[groups], self.rollout.max_new_tokens)
+                weights = self.loss.token_weights(rollout.chosen[groups], self.rollout.max_new_tokens)
                 output = self._backward(rollout, groups, advantages, weights, old, reference)
                 self.check_finite(output.loss)
                 if self.gradient_clip:
