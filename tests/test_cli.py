@@ -79,7 +79,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--data.init_args.batch_size=0"], ["batch_size=0: must be at least 1"]),
         (["--data.init_args.num_threads=3"], ["data.num_threads=3", "model.spec.num_threads=4", "same N"]),
         (["--data.init_args.traces=gone.jsonl"], ["gone.jsonl"]),
-        (["--model.init_args.init_from=[gone.ckpt]"], ["init_from", "gone.ckpt", "does not exist"]),
+        (["--model.init_args.init_from=[gone.ckpt]"], ["gone.ckpt", "does not exist"]),
         (["--ckpt_path=gone.ckpt"], ["gone.ckpt"]),
         (["--trainer.accelerator=abacus"], ["accelerator='abacus'"]),
         (["--config=gone.yaml"], ["gone.yaml", "does not exist"]),

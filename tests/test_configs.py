@@ -36,7 +36,7 @@ def stacks_of(file: str) -> list[tuple[str, ...]]:
         return [(*STAGE, file)]
     if file == f"{folder}/base.yaml":
         return [(file,)]
-    if named := re.match(r"# On top of ([\w.]+)(?: or ([\w.]+))?", first_line):
+    if named := re.match(r"# On top of (\w+\.yaml)(?: or (\w+\.yaml))?", first_line):
         return [(*stack, file) for name in named.groups() if name for stack in stacks_of(f"{folder}/{name}")]
     return [(f"{folder}/base.yaml", file)]
 
