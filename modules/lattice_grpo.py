@@ -226,7 +226,7 @@ class LatticeGRPO(ThreadedModule):
         if self.loss.kl_weight:
             metrics["policy/kl"] = torch.stack([output.kl for output in outputs]).mean()
         metrics |= {f"time/{name}": torch.tensor(share) for name, share in clock.shares().items()}
-        self.log_dict(metrics, batch_size=len(rewards))
+        self.log_dict(metrics, batch_size=len(rewards), sync_dist=True)
         self.log("train/reward", metrics["reward/total"], prog_bar=True, logger=False, batch_size=len(rewards))
 
 
