@@ -47,6 +47,14 @@ class Threes(Reward):
         return torch.tensor([own.count("3") / max(1, len(own)) for own in words])
 
 
+class Numbers(Threes):
+    """The share of a group's words that are numbers: every group has another one."""
+
+    def __call__(self, groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]]) -> Tensor:
+        words = [[word for thread in group.threads for word in thread.text.split()] for group in groups]
+        return torch.tensor([sum(word.isdigit() for word in own) / max(1, len(own)) for own in words])
+
+
 def grpo(**options: Any) -> LatticeGRPO:
     settings = dict(rollout=DECODING, validation=DECODING, rewards=[Threes()], groups_per_problem=GROUPS)
     model = {name: options.pop(name) for name in ("architecture", "lora") if name in options}
@@ -143,11 +151,11 @@ def test_gradient_is_the_policy_gradient_of_the_words_that_threads_chose(
 ) -> None:
     """One advantage for all words of all threads of a group; none for prompts and for what the environment wrote."""
     gradients = Gradients(monkeypatch, average)
-    module = grpo(loss=PolicyLoss(average=average), gradient_clip=0.0, rewards=[Threes(weight=20.0)])
+    module = grpo(loss=PolicyLoss(average=average), gradient_clip=0.0, rewards=[Numbers(weight=20.0)])
     fitted(module, problem_data(max_length=20), max_steps=1, callbacks=[gradients])
     assert_close(gradients.actual, gradients.expected)
     groups = gradients.outputs[0]["sampled"].groups
-    rewards = (20 * Threes()(groups, [])).tolist()
+    rewards = (20 * Numbers()(groups, [])).tolist()
     for group, reward, advantage in zip(groups, rewards, gradients.advantages.tolist(), strict=True):
         of_problem = [r for other, r in zip(groups, rewards, strict=True) if other.problem.id == group.problem.id]
         assert len(of_problem) == GROUPS

@@ -1,0 +1,316 @@
+"""A run that was killed or stopped and resumed is the uninterrupted run, bit for bit on CPUs."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lace_lightning.callbacks import GracefulStop, StageCheckpoint
+from lace_lightning.checkpoints import read_checkpoint
+from lace_lightning.cli.stages import build
+from lace_lightning.decoding import Sampling
+from lace_lightning.embedding import NgramEmbedder
+from lace_lightning.modules import (
+    ContinuedPretraining,
+    DecodingSpec,
+    LatticeGRPO,
+    OptimizerSpec,
+    SupervisedFinetuning,
+    ThreadedModule,
+)
+from lace_lightning.policy_loss import PolicyLoss
+from lace_lightning.rewards import DiversityReward
+from tests.stage_helpers import (
+    FAST,
+    MAX_LENGTH,
+    NUM_THREADS,
+    QWEN,
+    Recorder,
+    Signal,
+    assert_same,
+    fitted,
+    problem_data,
+    quiet_trainer,
+    saved,
+    spec,
+    trace_data,
+    values,
+)
+
+ROOT = Path(__file__).parents[1]
+
+# ---------------------------------------------------------------- kill -9
+
+
+def shared_settings(folder: Path, max_steps: int, every: int, seconds: float) -> dict[str, Any]:
+    """Trainer, data and model settings of both stages; epochs of 7 batches, checkpoints in their middle."""
+    trainer = {
+        "accelerator": "cpu",
+        "max_steps": max_steps,
+        "limit_val_batches": 0,
+        "log_every_n_steps": 1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": {
+            "class_path": "lightning.pytorch.loggers.CSVLogger",
+            "init_args": {"save_dir": str(folder), "name": "log", "version": "", "flush_logs_every_n_steps": 1},
+        },
+        "callbacks": [
+            {
+                "class_path": "lace_lightning.callbacks.StageCheckpoint",
+                "init_args": {"dirpath": str(folder), "every_n_train_steps": every, "save_last": True},
+            },
+            {"class_path": "tests.stage_helpers.Slow", "init_args": {"seconds": seconds}},
+        ],
+    }
+    data = {
+        "task": {"class_path": "tests.stage_helpers.UnevenDoors"},
+        "num_threads": NUM_THREADS,
+        "batch_size": 2,
+        "max_length": MAX_LENGTH,
+    }
+    model = {
+        "spec": {
+            "architecture": {**QWEN, "attention_dropout": 0.2},
+            "exchange": {
+                "class_path": "lace_lightning.exchange.LatticeAttentionConfig",
+                "init_args": {"width": 8, "heads": 2, "scope": "causal"},
+            },
+            "num_threads": NUM_THREADS,
+            "layers": [0, 1],
+        },
+        "optimizer": {"lr": 0.003, "warmup_steps": 3, "schedule": "cosine"},
+    }
+    return {"trainer": trainer, "data": data, "model": model}
+
+
+def sft_settings(folder: Path, seconds: float = 0.0) -> dict[str, Any]:
+    settings = shared_settings(folder, max_steps=17, every=3, seconds=seconds)
+    data = settings["data"] | {"num_traces": 14, "shuffle_threads": True, "jitter": 2}
+    return settings | {
+        "data": {"class_path": "lace_lightning.datamodules.TraceData", "init_args": data},
+        "model": {"class_path": "lace_lightning.modules.SupervisedFinetuning", "init_args": settings["model"]},
+    }
+
+
+def grpo_settings(folder: Path, seconds: float = 0.0) -> dict[str, Any]:
+    """Four optimizer steps a batch, dense rewards, and a reference model."""
+    settings = shared_settings(folder, max_steps=40, every=4, seconds=seconds)
+    settings["trainer"]["gradient_clip_val"] = None
+    reward = {
+        "class_path": "lace_lightning.rewards.DiversityReward",
+        "init_args": {"embedder": {"class_path": "lace_lightning.embedding.NgramEmbedder"}},
+    }
+    model = settings["model"] | {
+        "rollout": {"max_new_tokens": 12},
+        "rewards": [reward],
+        "loss": {"kl_weight": 0.1},
+        "groups_per_problem": 2,
+        "passes": 2,
+        "minibatches": 2,
+    }
+    return settings | {
+        "data": {
+            "class_path": "lace_lightning.datamodules.ProblemData",
+            "init_args": settings["data"] | {"num_train_problems": 14},
+        },
+        "model": {"class_path": "lace_lightning.modules.LatticeGRPO", "init_args": model},
+    }
+
+
+STAGES = {"sft": sft_settings, "grpo": grpo_settings}
+
+
+def arguments(settings: dict[str, Any], folder: Path, *more: str) -> list[str]:
+    folder.mkdir()
+    config = folder / "run.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    return ["fit", "--config", str(config), *more]
+
+
+def logged(folder: Path) -> list[dict[str, str]]:
+    """What every batch logged, as written, without shares of time; a line that a kill cut short is left out."""
+    text = (folder / "log" / "metrics.csv").read_text()
+    rows = csv.DictReader(text[: text.rindex("\n") + 1].splitlines())
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+
+
+def killed(stage: str, folder: Path) -> None:
+    """Run ``lace fit`` in a process of its own and kill it somewhere after its first checkpoint."""
+    command = [sys.executable, "-m", "lace_lightning", *arguments(STAGES[stage](folder, 0.2), folder)]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    while not (folder / "last.ckpt").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(random.SystemRandom().uniform(0, 1.0))
+    process.kill()
+    assert process.wait() == -9
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_and_resumed_run_is_the_uninterrupted_one(stage: str, tmp_path: Path) -> None:
+    dead, whole, rest = (tmp_path / name for name in ("dead", "whole", "rest"))
+    killed(stage, dead)
+    build(arguments(STAGES[stage](whole), whole))
+    build(arguments(STAGES[stage](rest), rest, "--ckpt_path", str(dead / "last.ckpt")))
+
+    before = read_checkpoint(dead / "last.ckpt")
+    num_batches = before["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
+    all_rows, rows = logged(whole), logged(rest)
+    assert 0 < num_batches < len(all_rows)
+    assert rows == all_rows[num_batches:]
+    lived = logged(dead)
+    assert len(lived) >= num_batches - 1 and lived == all_rows[: len(lived)]
+    ends = [read_checkpoint(folder / "last.ckpt") for folder in (whole, rest)]
+    assert_same(*(end["state_dict"] for end in ends))
+    assert len({end["global_step"] for end in ends}) == 1
+    moments = [end["optimizer_states"][0]["state"] for end in ends]
+    for one, other in zip(*(list(moment.values()) for moment in moments), strict=True):
+        assert torch.equal(one["exp_avg_sq"], other["exp_avg_sq"])
+
+
+# ---------------------------------------------------------------- signals
+
+
+def sft(**options: Any) -> SupervisedFinetuning:
+    return SupervisedFinetuning(spec(architecture={**QWEN, "attention_dropout": 0.3}), FAST, **options)
+
+
+def grpo() -> LatticeGRPO:
+    decoding = DecodingSpec(max_new_tokens=12, sampling=Sampling(top_p=0.9))
+    return LatticeGRPO(
+        spec(),
+        OptimizerSpec(lr=0.003, schedule="linear"),
+        rollout=decoding,
+        rewards=[DiversityReward(NgramEmbedder())],
+        loss=PolicyLoss(average="grpo", kl_weight=0.05),
+        groups_per_problem=2,
+        passes=2,
+        minibatches=2,
+        microbatch_size=3,
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_grpo_stopped_by_sigterm_resumes_as_the_uninterrupted_run(batch: int, tmp_path: Path) -> None:
+    """Batch 5 is the last of its epoch; a batch takes four optimizer steps."""
+    torch.manual_seed(0)
+    whole = grpo()
+    fitted(whole, problem_data(), max_steps=32)
+
+    torch.manual_seed(0)
+    stopped = quiet_trainer(32, [GracefulStop(), Signal(batch)], default_root_dir=tmp_path)
+    with pytest.raises(SystemExit) as end:
+        stopped.fit(grpo(), problem_data())
+    assert end.value.code == 143
+    checkpoint = tmp_path / "checkpoints" / "interrupted.ckpt"
+    assert read_checkpoint(checkpoint)["global_step"] == 4 * (batch + 1)
+
+    torch.manual_seed(0)
+    rest, recorder = grpo(), Recorder()
+    quiet_trainer(32, [recorder]).fit(rest, problem_data(), ckpt_path=checkpoint)
+    assert recorder.steps == list(range(4 * (batch + 2), 33, 4))
+    assert_same(values(whole), values(rest))
+
+
+# ---------------------------------------------------------------- dropout
+
+
+def stopped_at(step: int, module: ThreadedModule, folder: Path) -> Path:
+    """The last checkpoint of a run that ended in mid-epoch, at fewer steps than it is going to have."""
+    saver = StageCheckpoint(folder, every_n_train_steps=50, save_last=True)
+    fitted(module, trace_data(), max_steps=step, callbacks=[saver], enable_checkpointing=True)
+    return folder / "last.ckpt"
+
+
+def test_dropout_follows_the_run_and_not_the_process(tmp_path: Path) -> None:
+    """Resumed with another global random state."""
+    torch.manual_seed(0)
+    whole = sft()
+    fitted(whole, trace_data(), max_steps=5)
+    for step in (2, 4):
+        torch.manual_seed(0)
+        path = stopped_at(step, sft(), tmp_path / str(step))
+        torch.manual_seed(99)
+        rest = sft()
+        quiet_trainer(5).fit(rest, trace_data(), ckpt_path=path)
+        assert_same(values(whole), values(rest))
+
+
+def test_dropout_differs_between_steps_and_seeds() -> None:
+    """With the same traces in each step and a rate of 0, only dropout can change the loss."""
+    losses = {}
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        recorder = Recorder()
+        module = SupervisedFinetuning(
+            spec(architecture={**QWEN, "attention_dropout": 0.3}), OptimizerSpec(lr=1e-30, weight_decay=0.0)
+        )
+        fitted(module, trace_data(num_traces=4, fresh=False), max_steps=3, callbacks=[recorder])
+        losses[seed] = [output["loss"].item() for output in recorder.outputs]
+    assert len(set(losses[0] + losses[1])) == 6
+
+
+# ---------------------------------------------------------------- a frozen backbone
+
+
+def test_exchange_only_run_resumes_on_the_backbone_that_it_started_from(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = sft()
+    fitted(base, trace_data(), max_steps=1)
+    start = [str(saved(base, tmp_path / "base.ckpt"))]
+    architecture = {**QWEN, "attention_dropout": 0.3}
+
+    def cpt() -> ContinuedPretraining:
+        return ContinuedPretraining(spec(architecture=architecture), FAST, init_from=start)
+
+    torch.manual_seed(1)
+    whole = cpt()
+    fitted(whole, trace_data(), max_steps=5)
+    torch.manual_seed(1)
+    path = stopped_at(2, cpt(), tmp_path / "part")
+    torch.manual_seed(2)
+    rest = cpt()
+    quiet_trainer(5).fit(rest, trace_data(), ckpt_path=path)
+    assert_same(values(whole), values(rest))
+
+
+# ---------------------------------------------------------------- the last step
+
+
+@pytest.mark.parametrize(
+    ("limits", "every", "steps"),
+    [
+        ({"max_steps": 5}, 3, 5),
+        ({"max_steps": 6}, 3, 6),
+        ({"max_steps": 2}, 50, 2),
+        ({"max_steps": -1, "max_epochs": 1}, 2, 3),
+    ],
+)
+def test_the_state_after_the_last_step_is_saved_whatever_the_interval(limits, every, steps, tmp_path: Path) -> None:
+    module = sft()
+    saver = StageCheckpoint(tmp_path, every_n_train_steps=every, save_last=True)
+    fitted(module, trace_data(), callbacks=[saver], enable_checkpointing=True, **limits)
+    last = read_checkpoint(tmp_path / "last.ckpt")
+    assert last["global_step"] == steps
+    assert_same(last["state_dict"], values(module))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["last.ckpt", Path(saver.best_model_path).name])
+
+
+def test_shipped_configs_save_the_last_step() -> None:
+    """Lightning's own ModelCheckpoint does not, unless the interval divides the number of steps."""
+    configs = [*(ROOT / "configs").rglob("*.yaml")]
+    assert len(configs) > 5
+    assert [path.name for path in configs if "ModelCheckpoint" in path.read_text()] == []
+    assert "callbacks.StageCheckpoint" in (ROOT / "configs/demo/base.yaml").read_text()
