@@ -48,9 +48,9 @@ def spec(exchange: ExchangeConfig = LATTICE, architecture: dict[str, Any] = QWEN
     return ModelSpec(architecture=architecture, exchange=exchange, **settings)
 
 
-def trace_data(**options: Any) -> TraceData:
+def trace_data(task: Doors | None = None, **options: Any) -> TraceData:
     settings = dict(batch_size=4, val_batch_size=5, num_traces=12, num_problems=10, max_length=MAX_LENGTH)
-    return TraceData(UnevenDoors(), **{"num_threads": NUM_THREADS, **settings, **options})
+    return TraceData(task or UnevenDoors(), **{"num_threads": NUM_THREADS, **settings, **options})
 
 
 def problem_data(**options: Any) -> ProblemData:

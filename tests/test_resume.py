@@ -30,6 +30,7 @@ from lace_lightning.modules import (
 )
 from lace_lightning.policy_loss import PolicyLoss
 from lace_lightning.rewards import DiversityReward
+from lace_lightning.traces.schema import Trace
 from tests.stage_helpers import (
     FAST,
     MAX_LENGTH,
@@ -37,6 +38,7 @@ from tests.stage_helpers import (
     QWEN,
     Recorder,
     Signal,
+    UnevenDoors,
     assert_same,
     fitted,
     problem_data,
@@ -183,8 +185,8 @@ def test_killed_and_resumed_run_is_the_uninterrupted_one(stage: str, tmp_path: P
 # ---------------------------------------------------------------- signals
 
 
-def sft(**options: Any) -> SupervisedFinetuning:
-    return SupervisedFinetuning(spec(architecture={**QWEN, "attention_dropout": 0.3}), FAST, **options)
+def sft(optimizer: OptimizerSpec = FAST) -> SupervisedFinetuning:
+    return SupervisedFinetuning(spec(architecture={**QWEN, "attention_dropout": 0.3}), optimizer)
 
 
 def grpo() -> LatticeGRPO:
@@ -248,18 +250,24 @@ def test_dropout_follows_the_run_and_not_the_process(tmp_path: Path) -> None:
         assert_same(values(whole), values(rest))
 
 
-def test_dropout_differs_between_steps_and_seeds() -> None:
-    """With the same traces in each step and a rate of 0, only dropout can change the loss."""
-    losses = {}
+class OneTrace(UnevenDoors):
+    """The same trace again and again."""
+
+    def trace(self, index: int, num_threads: int, split: str = "train") -> Trace:
+        return super().trace(0, num_threads, split)
+
+
+def test_dropout_differs_between_steps_epochs_and_seeds() -> None:
+    """With one trace and weights that hardly move, only dropout can change the loss."""
+    losses = []
     for seed in (0, 1):
-        torch.manual_seed(seed)
-        recorder = Recorder()
-        module = SupervisedFinetuning(
-            spec(architecture={**QWEN, "attention_dropout": 0.3}), OptimizerSpec(lr=1e-30, weight_decay=0.0)
-        )
-        fitted(module, trace_data(num_traces=4, fresh=False), max_steps=3, callbacks=[recorder])
-        losses[seed] = [output["loss"].item() for output in recorder.outputs]
-    assert len(set(losses[0] + losses[1])) == 6
+        torch.manual_seed(0)
+        module, recorder = sft(optimizer=OptimizerSpec(lr=1e-30, weight_decay=0.0)), Recorder()
+        torch.manual_seed(0)
+        module._seed = seed
+        fitted(module, trace_data(OneTrace(), num_traces=8), max_steps=4, callbacks=[recorder])
+        losses += [output["loss"].item() for output in recorder.outputs]
+    assert len(set(losses)) == 8
 
 
 # ---------------------------------------------------------------- a frozen backbone
