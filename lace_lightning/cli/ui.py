@@ -26,7 +26,9 @@ def run(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"lace ui: {error}", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Also SIGINT, which a shell script's background jobs are started to ignore.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     server = _start(store, arguments.port)
     try:
         if _answers(server, arguments.port):
