@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from lace_lightning.decoding.environment import FREE, Environment
+from lace_lightning.decoding.environment import Environment
 from lace_lightning.decoding.group import Rollout
+from lace_lightning.decoding.plain import PlainSteps
 from lace_lightning.decoding.random import uniform
 from lace_lightning.decoding.sampling import Sampling
-from lace_lightning.lattice import Lattice, LatticeCache
+from lace_lightning.decoding.threads import Column, Rules, Threads
 from lace_lightning.threaded_lm import ThreadedLM
 
+Engine = Literal["auto", "fast", "plain"]
+"""What computes the columns: ``plain`` calls the Hugging Face model, ``fast`` is :mod:`lace_lightning.engine`."""
 
-@dataclass(frozen=True)
-class Column:
-    """What was decoded in one lattice column; handed to ``on_column`` while decoding goes on.
+_COLUMNS_BETWEEN_CHECKS = 32
+"""On a GPU the host must not wait for every column: it asks this rarely whether all threads have ended."""
 
-    Args:
-        time: lattice time t.
-        tokens, written, forced: (B, N): token ids, whether the thread wrote one, whether an environment chose it.
-        logprobs: (B, N) float32, 0 where the thread did not choose.
-    """
 
-    time: int
-    tokens: Tensor
-    written: Tensor
-    forced: Tensor
-    logprobs: Tensor
+class Decoding(Protocol):
+    """One batch of groups while it is decoded; its prompts have been computed."""
+
+    def advance(self, columns: int) -> None:
+        """Decode up to that many further columns; none once all threads have ended or stand at the limit.
+
+        On a GPU the fast engine returns before they are computed.
+        """
+
+    def is_over(self) -> bool:
+        """Whether all threads have ended or stand at the limit."""
+
+    def last_column(self) -> Column:
+        """The column that was decoded last."""
+
+    def force(self, tokens: Tensor) -> None:
+        """Note what an environment wants written: (B, N) token ids or FREE."""
+
+    def rollout(self) -> Rollout:
+        """All columns so far."""
 
 
 class GroupDecoder:
@@ -45,9 +56,11 @@ class GroupDecoder:
         pad_id: stands where nothing was written.
         opening_ids: ids that open the closing assessment; a thread that has written them waits for its group
             (the barrier). None: no thread ever waits.
+        engine: ``fast``, ``plain``, or ``auto`` for the fast one where it knows the model and its exchange.
 
     Raises:
-        ValueError: ``max_new_tokens`` is not positive, or there is no end token.
+        ValueError: ``max_new_tokens`` is not positive, there is no end token, or the engine is unknown or ``fast`` and
+            does not know the model.
     """
 
     def __init__(
@@ -58,13 +71,15 @@ class GroupDecoder:
         eos_ids: Sequence[int],
         pad_id: int,
         opening_ids: Sequence[int] | None = None,
+        engine: Engine = "auto",
     ) -> None:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
         if not eos_ids:
             raise ValueError("no end-of-sequence token: the tokenizer must define eos_token")
         self.model, self.sampling, self.max_new_tokens = model, sampling, max_new_tokens
-        self.eos_ids, self.pad_id, self.opening_ids = list(eos_ids), pad_id, list(opening_ids or [])
+        self.rules = Rules(tuple(eos_ids), pad_id, tuple(opening_ids or ()))
+        self._is_fast = _use_fast_engine(model, engine)
 
     @torch.no_grad()
     def decode(
@@ -84,133 +99,120 @@ class GroupDecoder:
             environment: answers the threads' actions.
             on_column: is told every column as soon as it is decoded.
         """
-        device = next(self.model.parameters()).device
-        prompt_ids, prompt_mask = left_pad(prompts, self.pad_id, device)
-        threads = _Threads(self, len(prompts), num_threads, device)
-        seed_tensor = torch.tensor(list(seeds), dtype=torch.long, device=device)
-        columns = []
-        steps = self._forward_passes(prompt_ids, prompt_mask, num_threads, threads)
-        for time, logits in enumerate(steps):
-            draw = self.sampling.draw(logits, uniform(seed_tensor, num_threads, time))
-            column = threads.write(time, draw, logits)
-            columns.append(column)
+        decoding = self.start(prompts, num_threads, seeds)
+        is_watched = environment is not None or on_column is not None
+        while not decoding.is_over():
+            decoding.advance(1 if is_watched else _COLUMNS_BETWEEN_CHECKS)
+            if not is_watched:
+                continue
+            column = decoding.last_column()
             if on_column is not None:
                 on_column(column)
             if environment is not None:
-                threads.force(environment.step(column.tokens, column.written))
-        return self._rollout(prompt_ids, prompt_mask, num_threads, columns, threads)
+                decoding.force(environment.step(column.tokens, column.written))
+        return decoding.rollout()
 
-    def _forward_passes(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, num_threads: int, threads: _Threads
-    ) -> Iterator[Tensor]:
-        """Yield (B, N, V) float32 logits for each column in turn, reading from ``threads`` what was written before."""
-        cached = _CachedModel(self.model, prompt_ids, prompt_mask, num_threads)
-        logits = cached.prompt_logits
-        yield logits
-        for _ in range(self.max_new_tokens - 1):
-            if threads.all_ended():
-                return
-            new = cached.step(threads.tokens, threads.written)
-            # A waiting thread goes on from what it knew when it wrote its last token.
-            logits = torch.where(threads.written[..., None], new, logits)
-            yield logits
+    @torch.no_grad()
+    def start(self, prompts: Sequence[Sequence[int]], num_threads: int, seeds: Sequence[int]) -> Decoding:
+        """Compute the prompts, once per group, and stand before the first column; see :meth:`decode`."""
+        device = next(self.model.parameters()).device
+        prompt_ids, prompt_mask = left_pad(prompts, self.rules.pad_id, device)
+        seed_tensor = torch.tensor(list(seeds), dtype=torch.long, device=device)
+        if self._is_fast and device.type == "cuda":
+            from lace_lightning.engine.graphs import GraphDecoding
 
-    def _rollout(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, num_threads: int, columns: list[Column], threads: _Threads
-    ) -> Rollout:
-        def join(prompt: Tensor, name: str) -> Tensor:
-            decoded = torch.stack([getattr(column, name) for column in columns], dim=-1)
-            return torch.cat([prompt[:, None].expand(-1, num_threads, -1).to(decoded.dtype), decoded], dim=-1)
+            return GraphDecoding(self, prompt_ids, prompt_mask, num_threads, seed_tensor)
+        steps: Steps = PlainSteps(self.model, prompt_ids, prompt_mask, num_threads)
+        if self._is_fast:
+            from lace_lightning.engine.steps import FastSteps
 
-        nothing = torch.zeros_like(prompt_mask)
-        return Rollout(
-            input_ids=join(prompt_ids, "tokens"),
-            attention_mask=join(prompt_mask, "written"),
-            forced=join(nothing, "forced"),
-            logprobs=join(nothing, "logprobs"),
-            prompt_length=prompt_ids.shape[1],
-            finished=threads.ended,
-        )
+            steps = FastSteps(self.model, prompt_ids, prompt_mask, num_threads, self.max_new_tokens)
+        return _SteppedDecoding(self, steps, prompt_ids, prompt_mask, num_threads, seed_tensor)
 
 
-class _Threads:
-    """Who writes, who waits at the barrier, who has ended, and what is forced next: all (B, N)."""
+class Steps(Protocol):
+    """A model with its caches, its prompt computed."""
 
-    def __init__(self, rules: GroupDecoder, batch: int, num_threads: int, device: torch.device) -> None:
-        shape = (batch, num_threads)
-        self._rules = rules
-        self._eos = torch.tensor(rules.eos_ids, device=device)
-        self._opening = torch.tensor(rules.opening_ids, dtype=torch.long, device=device)
-        self._recent = torch.full((*shape, len(rules.opening_ids)), FREE, device=device)
-        self._due = torch.full(shape, FREE, device=device)
-        self._opened = torch.zeros(shape, dtype=torch.bool, device=device)
-        self._waiting = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.ended = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.tokens = torch.full(shape, rules.pad_id, device=device)
-        self.written = ~self.ended
-
-    def all_ended(self) -> bool:
-        return bool(self.ended.all())
-
-    def write(self, time: int, drawn: Tensor, logits: Tensor) -> Column:
-        """Let every thread that neither waits nor has ended write its forced or drawn token."""
-        self.written = ~(self.ended | self._waiting)
-        forced = self.written & (self._due != FREE)
-        tokens = torch.where(forced, self._due, drawn)
-        self.tokens = torch.where(self.written, tokens, self._rules.pad_id)
-        self._due = self._due.masked_fill(self.written, FREE)
-        chosen = self.written & ~forced
-        logprobs = logits.log_softmax(-1).gather(-1, drawn[..., None]).squeeze(-1)
-        self.ended = self.ended | (self.written & torch.isin(self.tokens, self._eos))
-        self._meet_at_barrier()
-        return Column(time, self.tokens, self.written, forced, torch.where(chosen, logprobs, 0.0))
-
-    def force(self, tokens: Tensor) -> None:
-        """Note what the environment wants written, until the thread next writes."""
-        self._due = torch.where(tokens != FREE, tokens, self._due)
-
-    def _meet_at_barrier(self) -> None:
-        if not len(self._opening):
-            return
-        shifted = torch.cat([self._recent[..., 1:], self.tokens[..., None]], dim=-1)
-        self._recent = torch.where(self.written[..., None], shifted, self._recent)
-        self._opened = self._opened | (self._recent == self._opening).all(-1)
-        everyone_arrived = (self._opened | self.ended).all(-1, keepdim=True)
-        self._waiting = self._opened & ~self.ended & ~everyone_arrived
-
-
-class _CachedModel:
-    """The model with its caches: the prompt is computed once per group, then one column at a time."""
-
-    def __init__(self, model: ThreadedLM, prompt_ids: Tensor, prompt_mask: Tensor, num_threads: int) -> None:
-        self._model, self._num_threads = model, num_threads
-        self._batch, prompt_length = prompt_ids.shape
-        # Without a config every layer keeps all keys: a sliding window is then counted in real tokens, not columns.
-        self._cache = DynamicCache()
-        self._lattice_cache = LatticeCache()
-        self._mask = prompt_mask.repeat_interleave(num_threads, 0)
-        self._time = 0
-        if model.exchange_config.reads_prompt and model.exchanges:
-            ids = prompt_ids.repeat_interleave(num_threads, 0)
-            mask = prompt_mask[:, None].expand(-1, num_threads, -1)
-            out = self._forward(ids, self._mask, model.lattice(mask, prompt_length, self._lattice_cache))
-            self.prompt_logits = out.view(self._batch, num_threads, -1)
-        else:
-            out = self._forward(prompt_ids, prompt_mask, lattice=None)
-            self._cache.batch_repeat_interleave(num_threads)
-            self.prompt_logits = out[:, None].expand(-1, num_threads, -1)
+    prompt_logits: Tensor
+    """(B, N, V) float32: what each thread knows before its first column."""
 
     def step(self, tokens: Tensor, written: Tensor) -> Tensor:
         """Feed one column (B, N) of tokens; returns (B, N, V) float32 logits, undefined where nothing was written."""
-        self._mask = torch.cat([self._mask, written.reshape(-1, 1)], dim=1)
-        lattice = Lattice(self._model.exchange_at, written[..., None], first_time=self._time, cache=self._lattice_cache)
-        self._time += 1
-        return self._forward(tokens.reshape(-1, 1), self._mask, lattice).view(self._batch, self._num_threads, -1)
 
-    def _forward(self, ids: Tensor, mask: Tensor, lattice: Lattice | None) -> Tensor:
-        """(rows, V) float32 logits of the last of these columns."""
-        hidden = self._model.run(ids, mask, lattice, past_key_values=self._cache, use_cache=True)
-        return self._model.head(hidden[:, -1]).float()
+
+class _SteppedDecoding:
+    """Decoding with the host in charge: one call of the model per column."""
+
+    def __init__(
+        self,
+        decoder: GroupDecoder,
+        steps: Steps,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        num_threads: int,
+        seeds: Tensor,
+    ) -> None:
+        self._steps, self._sampling, self._limit = steps, decoder.sampling, decoder.max_new_tokens
+        self._prompt = prompt_ids, prompt_mask
+        self._seeds, self._num_threads = seeds, num_threads
+        self._threads = Threads(decoder.rules, (len(seeds), num_threads), seeds.device)
+        self._logits = steps.prompt_logits
+        self._columns: list[Column] = []
+
+    @torch.no_grad()
+    def advance(self, columns: int) -> None:
+        for _ in range(columns):
+            if self.is_over():
+                return
+            self._decode_column()
+
+    def is_over(self) -> bool:
+        return len(self._columns) == self._limit or self._threads.all_ended()
+
+    def last_column(self) -> Column:
+        return self._columns[-1]
+
+    def force(self, tokens: Tensor) -> None:
+        self._threads.force(tokens)
+
+    def rollout(self) -> Rollout:
+        names = ("tokens", "written", "forced", "logprobs")
+        decoded = {name: torch.stack([getattr(c, name) for c in self._columns], dim=-1) for name in names}
+        return join_rollout(*self._prompt, **decoded, finished=self._threads.ended)
+
+    def _decode_column(self) -> None:
+        threads, time = self._threads, len(self._columns)
+        if time:
+            new = self._steps.step(threads.tokens, threads.written)
+            # A waiting thread goes on from what it knew when it wrote its last token.
+            self._logits = torch.where(threads.written[..., None], new, self._logits)
+        drawn = self._sampling.draw(self._logits, uniform(self._seeds, self._num_threads, time))
+        self._columns.append(threads.write(time, drawn, self._logits))
+
+
+def join_rollout(
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    tokens: Tensor,
+    written: Tensor,
+    forced: Tensor,
+    logprobs: Tensor,
+    finished: Tensor,
+) -> Rollout:
+    """Prompts (B, P) before decoded columns (B, N, T)."""
+    num_threads, nothing = tokens.shape[1], torch.zeros_like(prompt_mask)
+
+    def join(prompt: Tensor, decoded: Tensor) -> Tensor:
+        return torch.cat([prompt[:, None].expand(-1, num_threads, -1).to(decoded.dtype), decoded], dim=-1)
+
+    return Rollout(
+        input_ids=join(prompt_ids, tokens),
+        attention_mask=join(prompt_mask, written),
+        forced=join(nothing, forced),
+        logprobs=join(nothing, logprobs),
+        prompt_length=prompt_ids.shape[1],
+        finished=finished,
+    )
 
 
 def left_pad(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -228,3 +230,16 @@ def left_pad(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.devi
         ids[row, length - len(sequence) :] = torch.tensor(sequence)
         mask[row, length - len(sequence) :] = True
     return ids.to(device), mask.to(device)
+
+
+def _use_fast_engine(model: ThreadedLM, engine: Engine) -> bool:
+    from lace_lightning.engine import obstacle
+
+    if engine not in get_args(Engine):
+        raise ValueError(f"engine={engine!r} is unknown: choose one of {', '.join(get_args(Engine))}")
+    if engine == "plain":
+        return False
+    reason = obstacle(model)
+    if reason is not None and engine == "fast":
+        raise ValueError(f"engine='fast' cannot decode with this model: {reason}. Use engine: auto or plain")
+    return reason is None

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from lace_lightning.decoding.decoder import Column, GroupDecoder
+from lace_lightning.decoding.decoder import GroupDecoder
 from lace_lightning.decoding.environment import Environment
 from lace_lightning.decoding.group import Group, Rollout, Thread
 from lace_lightning.decoding.random import group_seed
 from lace_lightning.decoding.sampling import Sampling
+from lace_lightning.decoding.threads import Column
 from lace_lightning.traces.schema import Problem
 from lace_lightning.traces.tags import parse_answer, parse_tag
 from lace_lightning.traces.template import Template

@@ -1,0 +1,174 @@
+"""One lattice layer's side path for one new column: rotary, cache append, attention over the lattice, gate.
+
+Its input projection is one product: queries, keys, values and the part of the gate that sees Z are all linear in the
+attention's output, so their weights are merged (see :mod:`lace_lightning.engine.weights`).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lace_lightning.engine.kernels.attention import LOG2E
+from lace_lightning.engine.kernels.linear import _sync
+
+
+@triton.jit
+def _partner(dim, TIME: tl.constexpr, THREAD: tl.constexpr):
+    """The dim each dim turns with; its own sign is in the sine table."""
+    in_time, in_thread = dim < TIME, (dim >= TIME) & (dim < TIME + THREAD)
+    by_time = tl.where(dim < TIME // 2, dim + TIME // 2, dim - TIME // 2)
+    by_thread = tl.where(dim < TIME + THREAD // 2, dim + THREAD // 2, dim - THREAD // 2)
+    return tl.where(in_time, by_time, tl.where(in_thread, by_thread, dim))
+
+
+@triton.jit
+def _keys(q, m, mass, acc, k, v, readable, n, key_thread, scale, OWN: tl.constexpr):
+    """Go on with an online softmax over one block of keys; threads that have read nothing keep m = -inf."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    allowed = readable[None, :] & (n[:, None] >= 0)
+    if OWN == "exclude":
+        allowed = allowed & (key_thread[None, :] != n[:, None])
+    if OWN == "only":
+        allowed = allowed & (key_thread[None, :] == n[:, None])
+    scores = tl.where(allowed, scores, float("-inf"))
+    m_new = tl.maximum(m, tl.max(scores, axis=1))
+    base = tl.where(m_new == float("-inf"), 0.0, m_new)
+    shrink = tl.exp2(m - base)
+    p = tl.exp2(scores - base[:, None])
+    mass = mass * shrink + tl.sum(p, axis=1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return m_new, mass, acc
+
+
+@triton.jit
+def _turned(
+    inputs, rows, takes_part, n, t, time_cos, time_sin, thread_cos, thread_sin, N: tl.constexpr, D: tl.constexpr,
+    TIME: tl.constexpr, THREAD: tl.constexpr,
+):  # fmt: skip
+    """(R, D): queries or keys at pointers ``rows`` (R,), turned by lattice time and by thread; zero where not written."""
+    dim = tl.arange(0, D)
+    inside, mask = (n < N)[:, None], takes_part[:, None]
+    angle = n[:, None] * D + dim[None, :]
+    cos = tl.load(time_cos + t * D + dim)[None, :] * tl.load(thread_cos + angle, mask=inside, other=0.0)
+    sin = tl.load(time_sin + t * D + dim)[None, :] + tl.load(thread_sin + angle, mask=inside, other=0.0)
+    partner = _partner(dim, TIME, THREAD)
+    x = tl.load(rows[:, None] + dim[None, :], mask=mask, other=0.0).to(tl.float32) * cos
+    x += tl.load(rows[:, None] + partner[None, :], mask=mask, other=0.0).to(tl.float32) * sin
+    return x.to(inputs.dtype.element_ty)
+
+
+@triton.jit
+def exchange(
+    inputs, cache_k, cache_v, visible, written, time, time_cos, time_sin, thread_cos, thread_sin, w_gate, b_gate, out,
+    part_acc, part_m, part_l, arrived, CAP, scale,
+    N: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, TIME: tl.constexpr, THREAD: tl.constexpr,
+    OWN: tl.constexpr, ALIGNED: tl.constexpr, WINDOW: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out (B * N, r) = G * A_p of the fed column; grid (B * ceil(N / BLOCK_N), HEADS, PARTS).
+
+    ``inputs`` (B * N, 4r) holds q, k, v and the gate's part of Z. Caches are (B, HEADS, CAP * N, D), time-major;
+    ``visible`` (B, CAP * N) says which positions may be read. ``time`` (B,) counts columns; the fed one is the last.
+    Of the programs that share BLOCK_N reading threads, the last one to finish joins their parts and heads, and gates.
+    """
+    _sync(PDL)
+    tile, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    R: tl.constexpr = HEADS * D
+    TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    b, first_thread = tile // TILES, tile % TILES * BLOCK_N
+    n, dim = first_thread + tl.arange(0, BLOCK_N), tl.arange(0, D)
+    rows, in_n = b * N + n, n < N
+    t = tl.load(time + b) - 1
+    takes_part = tl.load(written + rows, mask=in_n, other=0) != 0
+    q = _turned(
+        inputs, inputs + rows.to(tl.int64) * (4 * R) + head * D, takes_part, n, t, time_cos, time_sin, thread_cos,
+        thread_sin, N, D, TIME, THREAD,
+    )  # fmt: skip
+    m = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    mass = tl.zeros((BLOCK_N,), tl.float32)
+    acc = tl.zeros((BLOCK_N, D), tl.float32)
+    cache = (b.to(tl.int64) * HEADS + head) * CAP * N
+    seen = b.to(tl.int64) * CAP * N
+    if part == 0:
+        for first_key in range(0, N, BLOCK_N):
+            key_thread = first_key + tl.arange(0, BLOCK_N)
+            key_rows = b * N + key_thread
+            readable = tl.load(written + key_rows, mask=key_thread < N, other=0) != 0
+            source = inputs + key_rows.to(tl.int64) * (4 * R) + head * D
+            k = _turned(
+                inputs, source + R, readable, key_thread, t, time_cos, time_sin, thread_cos, thread_sin, N, D, TIME,
+                THREAD,
+            )  # fmt: skip
+            v = tl.load(source[:, None] + 2 * R + dim[None, :], mask=readable[:, None], other=0.0)
+            if not ALIGNED:
+                is_own = (key_thread < N) & (first_key == first_thread)
+                place = (cache + t * N + key_thread)[:, None] * D + dim[None, :]
+                tl.store(cache_k + place, k, mask=is_own[:, None])
+                tl.store(cache_v + place, v, mask=is_own[:, None])
+                tl.store(visible + seen + t * N + key_thread, readable.to(tl.int8), mask=is_own & (head == 0))
+            m, mass, acc = _keys(q, m, mass, acc, k, v, readable, n, key_thread, scale * LOG2E, OWN)
+    if not ALIGNED:
+        begin = t * 0
+        if WINDOW > 0:
+            begin = tl.maximum(0, t - WINDOW + 1) * N
+        size = tl.cdiv(tl.cdiv(t * N - begin, PARTS), BLOCK_T) * BLOCK_T
+        begin += part * size
+        end = tl.minimum(begin + size, t * N)
+        for first in range(begin, end, BLOCK_T):
+            i = first + tl.arange(0, BLOCK_T)
+            inside = i < end
+            place = (cache + i)[:, None] * D + dim[None, :]
+            k = tl.load(cache_k + place, mask=inside[:, None], other=0.0)
+            v = tl.load(cache_v + place, mask=inside[:, None], other=0.0)
+            readable = tl.load(visible + seen + i, mask=inside, other=0) != 0
+            m, mass, acc = _keys(q, m, mass, acc, k, v, readable, n, i % N, scale * LOG2E, OWN)
+    place = (rows.to(tl.int64) * HEADS + head) * PARTS + part
+    tl.store(part_m + place, m, mask=in_n)
+    tl.store(part_l + place, mass, mask=in_n)
+    tl.store(part_acc + place[:, None] * D + dim[None, :], acc, mask=in_n[:, None])
+    tl.debug_barrier()
+    if tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu") == HEADS * PARTS - 1:
+        tl.debug_barrier()
+        _gate(
+            inputs, written, w_gate, b_gate, out, part_acc, part_m, part_l, b, n,
+            N, HEADS, D, PARTS, BLOCK_N, BLOCK_R,
+        )  # fmt: skip
+        tl.store(arrived + tile, 0)
+
+
+@triton.jit
+def _gate(
+    inputs, written, w_gate, b_gate, out, part_acc, part_m, part_l, b, n,
+    N: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Join the parts of threads ``n`` into A_p (BLOCK_N, r), gate it and store it."""
+    R: tl.constexpr = HEADS * D
+    r = tl.arange(0, BLOCK_R)
+    rows = b * N + n
+    inside = (n < N)[:, None] & (r < R)[None, :]
+    place = (rows[:, None].to(tl.int64) * HEADS + (r // D)[None, :]) * PARTS
+    top = tl.full((BLOCK_N, BLOCK_R), float("-inf"), tl.float32)
+    for part in range(PARTS):
+        top = tl.maximum(top, tl.load(part_m + place + part, mask=inside, other=float("-inf"), cache_modifier=".cg"))
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    read = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    for part in range(PARTS):
+        m = tl.load(part_m + place + part, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        weight = tl.exp2(m - top)
+        total += weight * tl.load(part_l + place + part, mask=inside, other=0.0, cache_modifier=".cg")
+        at = (place + part) * D + (r % D)[None, :]
+        read += weight * tl.load(part_acc + at, mask=inside, other=0.0, cache_modifier=".cg")
+    read = tl.where(total > 0, read / tl.where(total > 0, total, 1.0), 0.0).to(inputs.dtype.element_ty)
+    # W_g's rows that see A_p: (r, r), and the gate's part of Z that the input projection has made.
+    weight = tl.load(w_gate + r[None, :] * R + r[:, None], mask=(r < R)[None, :] & (r < R)[:, None], other=0.0)
+    gate = tl.dot(read, weight, input_precision="ieee")
+    gate += tl.load(inputs + rows[:, None].to(tl.int64) * (4 * R) + 3 * R + r[None, :], mask=inside, other=0.0).to(
+        tl.float32
+    )
+    gate += tl.load(b_gate + r, mask=r < R, other=0.0).to(tl.float32)[None, :]
+    takes_part = (tl.load(written + rows, mask=n < N, other=0) != 0)[:, None]
+    value = tl.where(takes_part, read.to(tl.float32) / (1 + tl.exp(-gate)), 0.0)
+    tl.store(out + rows[:, None].to(tl.int64) * R + r[None, :], value.to(out.dtype.element_ty), mask=inside)

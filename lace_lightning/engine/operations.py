@@ -1,0 +1,401 @@
+"""The operations of one decoding step on a GPU: which kernel, which tiles, which buffers.
+
+Up to :data:`THIN` rows a matrix product only reads its weights, and the norms and activations around it are fused into our
+own kernels. Above, the library's products are better.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from lace_lightning.decoding.random import uniform
+from lace_lightning.decoding.sampling import Sampling
+from lace_lightning.decoding.threads import Rules
+from lace_lightning.engine.kernels import attention, exchange, linear, sampling
+from lace_lightning.engine.state import GroupState
+from lace_lightning.engine.weights import DecoderWeights, LayerWeights, SidePath
+from lace_lightning.exchange.rotary import rotate
+
+THIN = 16
+"""Most rows for which our own matrix products are used."""
+_BLOCK_V = 1024
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a thin product is cut: weight rows per program, inputs per step, warps, and steps in flight."""
+
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
+
+
+TILES = {
+    "qkv": Tile(16, 256, 4, 4),
+    "side": Tile(16, 256, 4, 4),
+    "out": Tile(16, 256, 4, 4),
+    "gated": Tile(16, 256, 4, 4),
+    "down": Tile(16, 512, 4, 4),
+    "head": Tile(32, 256, 4, 4),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How attention is split over the device at some number of columns.
+
+    Args:
+        prompt_parts, own_parts: into how many parts each prompt and each thread is cut; 0: one program reads both.
+        exchange_parts: into how many parts the lattice is cut.
+    """
+
+    prompt_parts: int
+    own_parts: int
+    exchange_parts: int
+
+
+def plan(state: GroupState, weights: DecoderWeights, columns: int, num_processors: int) -> Plan:
+    """A plan for up to ``columns`` decoded columns: enough programs to fill the device, none without work."""
+    size = state.capacity
+    wanted = 2 * num_processors
+    heads, rows = weights.num_key_heads, size.rows
+    lattice_heads = max((side.config.heads for side in weights.sides.values()), default=1)
+    windows = [side.config.window or columns for side in weights.sides.values() if side.config.scope != "aligned"]
+    lattice_keys = min(columns, max(windows, default=0)) * size.num_threads
+    blocks = size.num_groups * triton.cdiv(size.num_threads, _exchange_block(size.num_threads)) * lattice_heads
+    exchange_parts = _parts(num_processors, blocks, lattice_keys, 256)
+    is_short = size.prompt + columns <= 512
+    reads_prompt_often = size.num_threads * size.prompt > 8192
+    if not reads_prompt_often and (is_short or rows * heads >= wanted):
+        return Plan(0, 0, exchange_parts)
+    tiles = -(-size.num_threads // _tile_threads(state, weights))
+    return Plan(
+        _parts(wanted, size.num_groups * tiles * heads, size.prompt, 128),
+        _parts(wanted, rows * heads, columns, 128),
+        exchange_parts,
+    )
+
+
+def _parts(wanted: int, tasks: int, keys: int, least: int) -> int:
+    """Parts per task so that there are about ``wanted`` programs with at least ``least`` keys each; a power of two."""
+    return triton.next_power_of_2(max(1, min(-(-wanted // tasks), keys // least)))
+
+
+def _tile_threads(state: GroupState, weights: DecoderWeights) -> int:
+    """Threads whose queries read a prompt together: 64 queries per key head."""
+    per_head = weights.num_heads // weights.num_key_heads
+    return min(state.capacity.num_threads, max(1, 64 // per_head))
+
+
+def _exchange_block(num_threads: int) -> int:
+    """Threads whose queries read the lattice together; a product has at least 16 rows."""
+    return min(32, triton.next_power_of_2(max(16, num_threads)))
+
+
+class Operations:
+    """The kernels of a step over one state.
+
+    Args:
+        weights, state: what is read and changed.
+        rules: what ends and stops threads.
+        draws: how tokens are drawn.
+        pdl: programmatic dependent launch; off for devices without it.
+    """
+
+    def __init__(
+        self, weights: DecoderWeights, state: GroupState, rules: Rules, draws: Sampling, pdl: bool = True
+    ) -> None:
+        self.weights, self.state, self.draws, self._pad_id, self._pdl = weights, state, draws, rules.pad_id, pdl
+        self._launch: dict[str, Any] = {"PDL": pdl} | ({"launch_pdl": True} if pdl else {})
+        like, rows, size = weights.embedding, state.capacity.rows, state.capacity
+        self._rows, self._thin = rows, rows <= THIN
+        hidden, inner = like.shape[1], weights.layers[0].gate.shape[0]
+        self._hidden, self._inner = hidden, inner
+        heads, key_heads, dim = weights.num_heads, weights.num_key_heads, weights.head_dim
+        self.x, self._normed = like.new_empty(2, rows, hidden)
+        self._qkv = like.new_empty(rows, (heads + 2 * key_heads) * dim)
+        self._attended = like.new_empty(rows, heads * dim)
+        self._gate_up = None if self._thin else like.new_empty(rows, 2 * inner)
+        self._inner_x = like.new_empty(rows, inner)
+        self._logits = torch.empty(rows, weights.head.shape[0], device=like.device)
+        self._logit_parts = -(-weights.head.shape[0] // _BLOCK_V)
+        self._tops, self._sums, self._cooled = torch.empty(3, rows, self._logit_parts, device=like.device)
+        self._drawn = torch.zeros(rows, dtype=torch.long, device=like.device)
+        self._drawn_logprobs = torch.zeros(rows, device=like.device)
+        self._eos = torch.tensor(rules.eos_ids, device=like.device)
+        self._opening = torch.tensor(rules.opening_ids, dtype=torch.long, device=like.device)
+        self._cos, self._sin = weights.rotary_tables(size.prompt + size.new)
+        self._sides = {i: _SideBuffers(side, state) for i, side in weights.sides.items()}
+        self._plan = Plan(0, 0, 1)
+
+    def set_plan(self, new: Plan) -> None:
+        """Cut attention like this from now on; allocates what it needs."""
+        rows, weights = self._rows, self.weights
+        self._plan = new
+        parts = new.prompt_parts + new.own_parts
+        if parts:
+            size = (rows, weights.num_heads, parts)
+            self._part_m, self._part_l = torch.empty(2, *size, device=self.x.device)
+            self._part_acc = torch.empty(*size, weights.head_dim, device=self.x.device)
+        for side in self._sides.values():
+            side.allocate(new.exchange_parts)
+
+    # ---------------------------------------------------------------- a layer
+
+    def embed(self) -> None:
+        """x = the embeddings of the tokens that were written last."""
+        block = triton.next_power_of_2(self._hidden)
+        sampling.embed[(self._rows,)](
+            self.state.tokens, self.weights.embedding, self.x, self._hidden, block, num_warps=8, **self._launch
+        )
+
+    def qkv(self, layer: LayerWeights) -> None:
+        if self._thin:
+            biases = layer.biases or (layer.q, layer.q, layer.q)
+            sizes = (layer.q.shape[0], layer.k.shape[0], layer.v.shape[0])
+            self._project(
+                "qkv", self.x, layer.input_norm, (layer.q, layer.k, layer.v), biases, sizes, self._qkv,
+                has_bias=layer.biases is not None,
+            )  # fmt: skip
+            return
+        self._rms_norm(self.x, layer.input_norm)
+        start = 0
+        for index, weight in enumerate((layer.q, layer.k, layer.v)):
+            out = self._qkv[:, start : start + weight.shape[0]]
+            if layer.biases is None:
+                torch.mm(self._normed, weight.t(), out=out)
+            else:
+                torch.addmm(layer.biases[index], self._normed, weight.t(), out=out)
+            start += weight.shape[0]
+
+    def attend(self, index: int, layer: LayerWeights) -> None:
+        """What each thread reads of the prompt and of its own past."""
+        w, s, size = self.weights, self.state, self.state.capacity
+        heads, key_heads, dim = w.num_heads, w.num_key_heads, w.head_dim
+        has_norm = layer.q_norm is not None
+        norms = (layer.q_norm, layer.k_norm) if has_norm else (layer.input_norm, layer.input_norm)
+        inputs = (
+            self._qkv, *norms, w.eps, self._cos, self._sin, s.prompt_k[index], s.prompt_v[index], s.prompt_start,
+            size.prompt, s.own_k[index], s.own_v[index], s.own_length, size.new,
+        )  # fmt: skip
+        queries = triton.next_power_of_2(max(16, heads // key_heads))
+        keys_per_step = 32 if self.x.dtype == torch.float32 else 64
+        options: dict[str, Any] = {"BLOCK_T": keys_per_step, "num_warps": 4, "num_stages": 3, **self._launch}
+        if not self._plan.own_parts:
+            attention.attend[(self._rows, key_heads)](
+                *inputs, self._attended, w.scale, size.num_threads, heads, key_heads, dim, has_norm, queries, **options
+            )
+            return
+        tile, parts = _tile_threads(s, w), self._plan.prompt_parts + self._plan.own_parts
+        tiles = -(-size.num_threads // tile)
+        tasks = size.num_groups * tiles * self._plan.prompt_parts + self._rows * self._plan.own_parts
+        prompt_queries = triton.next_power_of_2(max(16, tile * (heads // key_heads)))
+        attention.attend_parts[(tasks, key_heads)](
+            *inputs, self._part_acc, self._part_m, self._part_l, w.scale, size.num_groups, size.num_threads, heads,
+            key_heads, dim, has_norm, tile, self._plan.prompt_parts, self._plan.own_parts, queries, prompt_queries,
+            **options,
+        )  # fmt: skip
+        attention.merge_parts[(self._rows * heads,)](
+            self._part_acc, self._part_m, self._part_l, self._attended, dim, parts, triton.next_power_of_2(parts),
+            num_warps=1, **self._launch,
+        )  # fmt: skip
+
+    def exchange(self, index: int) -> None:
+        """What each thread reads of the others, gated; (M, r) in the side's buffer."""
+        s, size, buffers = self.state, self.state.capacity, self._sides[index]
+        side, config = buffers.side, buffers.side.config
+        if self._thin:
+            w_in = side.w_in
+            self._project("side", self._attended, w_in, (w_in,) * 3, (w_in,) * 3, (len(w_in), 0, 0), buffers.inputs)
+        else:
+            torch.mm(self._attended, side.w_in.t(), out=buffers.inputs)
+        aligned = config.scope == "aligned"
+        keys, values = (buffers.inputs,) * 2 if aligned else s.lattice[index]
+        exchange.exchange[(len(buffers.arrived), config.heads, buffers.parts)](
+            buffers.inputs, keys, values, s.visible, s.written, s.time, *buffers.tables, side.w_gate, side.b_gate,
+            buffers.out, buffers.part_acc, buffers.part_m, buffers.part_l, buffers.arrived, size.new, config.dim**-0.5,
+            size.num_threads, config.heads, config.dim, *config.rotary_dims, config.own, aligned, config.window or 0,
+            buffers.parts, _exchange_block(size.num_threads), 64, triton.next_power_of_2(config.width), num_warps=8, **self._launch,
+        )  # fmt: skip
+
+    def project_attended(self, index: int, layer: LayerWeights) -> None:
+        """x += W_o (A_std + what the exchange adds)."""
+        buffers = self._sides.get(index)
+        extra = None if buffers is None else (buffers.out, buffers.side.w_out)
+        self._project_add("out", self._attended, layer.o, extra)
+
+    def mlp(self, layer: LayerWeights, is_last: bool) -> None:
+        """x += MLP(x); after the last layer into ``held`` instead, for the threads that wrote."""
+        if self._thin:
+            tile = self._tile("gated", self._hidden)
+            linear.project_gated[(triton.cdiv(self._inner, tile.outputs),)](
+                self.x, layer.mlp_norm, self.weights.eps, layer.gate, layer.up, self._inner_x, self._rows,
+                self._hidden, self._inner, self._block_m, tile.outputs, tile.inputs,
+                num_warps=tile.warps, num_stages=tile.stages, **self._launch,
+            )  # fmt: skip
+        else:
+            assert self._gate_up is not None
+            self._rms_norm(self.x, layer.mlp_norm)
+            torch.mm(self._normed, layer.gate.t(), out=self._gate_up[:, : self._inner])
+            torch.mm(self._normed, layer.up.t(), out=self._gate_up[:, self._inner :])
+            linear.silu_mul[(self._rows, triton.cdiv(self._inner, 1024))](
+                self._gate_up, self._inner_x, self._inner, 1024, **self._launch
+            )
+        self._project_add("down", self._inner_x, layer.down, None, into_held=is_last)
+
+    # ---------------------------------------------------------------- the end of a step
+
+    def draw(self) -> None:
+        """Logits of what each thread holds, and a token for each."""
+        w, s = self.weights, self.state
+        if self._thin:
+            self._project("head", s.held, w.norm, (w.head,) * 3, (w.head,) * 3, (len(w.head), 0, 0), self._logits, True)
+        else:
+            self._rms_norm(s.held, w.norm)
+            _mm_float32(self._normed, w.head, self._logits)
+        truncates = self.draws.top_k > 0 or self.draws.top_p < 1 or self.draws.min_p > 0
+        temperature = self.draws.temperature
+        cold = temperature == 0 or truncates  # the kernel takes the largest, or its draw is replaced below
+        inverse, vocabulary, parts = 1.0 if cold else 1 / temperature, len(w.head), self._logit_parts
+        softmax = (self._logits, self._tops, self._sums, self._cooled, inverse)
+        sampling.softmax_parts[(self._rows, parts)](*softmax, vocabulary, parts, _BLOCK_V, **self._launch)
+        sampling.draw[(self._rows,)](
+            *softmax, s.seeds, s.time, self._drawn, self._drawn_logprobs, vocabulary, parts, s.capacity.num_threads,
+            temperature == 0, triton.next_power_of_2(parts), _BLOCK_V, **self._launch,
+        )  # fmt: skip
+        if truncates and temperature > 0:
+            self._draw_truncated()
+
+    def _draw_truncated(self) -> None:
+        """Top-k, top-p and min-p by torch's own sorting, within the same graph."""
+        s, size = self.state, self.state.capacity
+        numbers = uniform(s.seeds, size.num_threads, s.time[:, None])
+        drawn = self.draws.draw(self._logits, numbers.flatten())
+        self._drawn.copy_(drawn)
+        total = self._tops.amax(-1), self._tops, self._sums
+        log_total = total[0] + ((total[1] - total[0][:, None]).exp() * total[2]).sum(-1).log()
+        self._drawn_logprobs.copy_(self._logits.gather(-1, drawn[:, None]).squeeze(-1) - log_total)
+
+    def advance(self) -> None:
+        """Write the column: forced or drawn tokens, ends, the barrier."""
+        s, size = self.state, self.state.capacity
+        sampling.advance[(size.num_groups,)](
+            self._drawn, self._drawn_logprobs, s.tokens, s.written, s.due, s.opened, s.waiting, s.ended, s.own_length,
+            s.time, s.out_tokens, s.out_written, s.out_forced, s.out_logprobs, self._eos, self._opening, self._pad_id,
+            size.new, size.num_threads, len(self._eos), len(self._opening), triton.next_power_of_2(size.num_threads),
+            num_warps=1, **self._launch,
+        )  # fmt: skip
+
+    # ---------------------------------------------------------------- products
+
+    @property
+    def _block_m(self) -> int:
+        return 8 if self._rows <= 8 else 16
+
+    def _tile(self, role: str, inputs: int) -> Tile:
+        """The tile of a role, no wider than its inputs; float32 takes twice the room."""
+        tile = TILES[role]
+        widest = min(tile.inputs // (2 if self.x.dtype == torch.float32 else 1), triton.next_power_of_2(inputs))
+        return Tile(tile.outputs, max(16, widest), tile.warps, tile.stages)
+
+    def _project(
+        self,
+        role: str,
+        x: Tensor,
+        norm: Tensor,
+        weights: tuple[Tensor, Tensor, Tensor],
+        biases: tuple[Tensor, Tensor, Tensor],
+        sizes: tuple[int, int, int],
+        out: Tensor,
+        has_norm: bool | None = None,
+        has_bias: bool = False,
+    ) -> None:
+        tile = self._tile(role, x.shape[1])
+        blocks = sum(triton.cdiv(size, tile.outputs) for size in sizes)
+        linear.project[(blocks,)](
+            x, norm, self.weights.eps, *weights, *biases, out, self._rows, x.shape[1], *sizes,
+            role == "qkv" if has_norm is None else has_norm, has_bias, self._block_m, tile.outputs, tile.inputs,
+            num_warps=tile.warps, num_stages=tile.stages, **self._launch,
+        )  # fmt: skip
+
+    def _project_add(
+        self, role: str, x: Tensor, weight: Tensor, extra: tuple[Tensor, Tensor] | None, into_held: bool = False
+    ) -> None:
+        out = self.state.held if into_held else self.x
+        if self._thin:
+            tile = self._tile(role, x.shape[1])
+            x2, weight2 = extra or (x, weight)
+            extra_inputs = 0 if extra is None else x2.shape[1]
+            linear.project_add[(triton.cdiv(len(weight), tile.outputs),)](
+                x, weight, x2, weight2, self.x, out, self.state.written, self._rows, x.shape[1], extra_inputs,
+                len(weight), into_held, self._block_m, tile.outputs, tile.inputs,
+                max(16, min(tile.inputs, triton.next_power_of_2(extra_inputs))) if extra_inputs else 16,
+                num_warps=tile.warps, num_stages=tile.stages, **self._launch,
+            )  # fmt: skip
+            return
+        torch.addmm(self.x, x, weight.t(), out=self.x)
+        if extra is not None:
+            torch.addmm(self.x, extra[0], extra[1].t(), out=self.x)
+        if into_held:
+            written = self.state.written.view(-1, 1) != 0
+            torch.where(written, self.x, self.state.held, out=self.state.held)
+
+    def _rms_norm(self, x: Tensor, norm: Tensor) -> None:
+        block = triton.next_power_of_2(self._hidden)
+        linear.rms_norm[(self._rows,)](
+            x, norm, self.weights.eps, self._normed, self._hidden, block, num_warps=8, **self._launch
+        )
+
+
+class _SideBuffers:
+    """Room for one lattice layer's side path."""
+
+    def __init__(self, side: SidePath, state: GroupState) -> None:
+        self.side, size, config = side, state.capacity, side.config
+        like = side.w_in
+        self.inputs = like.new_empty(size.rows, 4 * config.width)
+        self.out = like.new_empty(size.rows, config.width)
+        tiles = size.num_groups * triton.cdiv(size.num_threads, _exchange_block(size.num_threads))
+        self.arrived = torch.zeros(tiles, dtype=torch.int32, device=like.device)
+        self.tables = _rotary_tables(side, size.new, size.num_threads)
+        self._shape = (size.rows, config.heads)
+
+    def allocate(self, parts: int) -> None:
+        self.parts = 1 if self.side.config.scope == "aligned" else parts
+        self.part_m, self.part_l = torch.empty(2, *self._shape, self.parts, device=self.out.device)
+        self.part_acc = torch.empty(*self._shape, self.parts, self.side.config.dim, device=self.out.device)
+
+
+def _rotary_tables(side: SidePath, columns: int, num_threads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """float32 cosines and signed sines by lattice time (columns, d) and by thread (N, d), read off :func:`rotate`.
+
+    Turning (1, 0) and (0, 1) shows a pair's angle. A dim that does not turn has cosine 1 and sine 0.
+    """
+    config, device = side.config, side.w_in.device
+    units = torch.eye(config.dim, device=device)[None, None, None]  # (1, 1, 1, h = d, d)
+
+    def tables(times: Tensor, threads: Tensor) -> tuple[Tensor, Tensor]:
+        size = (1, len(times), len(threads), -1, -1)
+        turned = rotate(units.expand(size), times, threads, *config.rotary_dims, config.rotary_base)
+        turned = turned.reshape(-1, config.dim, config.dim)  # row i: where unit i goes
+        cos = turned.diagonal(dim1=-2, dim2=-1)
+        return cos.contiguous(), (turned - torch.diag_embed(cos)).sum(-2)
+
+    zero = torch.zeros(1, device=device)
+    by_time = tables(torch.arange(columns, device=device), zero)
+    by_thread = tables(zero, torch.arange(num_threads, device=device))
+    return *by_time, *by_thread
+
+
+def _mm_float32(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out = x @ weightᵀ with float32 results, never rounded to the inputs' dtype."""
+    if x.dtype == torch.float32:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
