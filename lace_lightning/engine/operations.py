@@ -21,28 +21,26 @@ from lace_lightning.engine.state import GroupState
 from lace_lightning.engine.weights import DecoderWeights, LayerWeights, SidePath
 from lace_lightning.exchange.rotary import rotate
 
-THIN = 16
+THIN = 8
 """Most rows for which our own matrix products are used."""
 _BLOCK_V = 1024
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How a thin product is cut: weight rows per program, inputs per step, warps, and steps in flight."""
+    """How a thin product is cut: weight rows per program, and warps; a step takes 8 inputs per thread."""
 
     outputs: int
-    inputs: int
     warps: int
-    stages: int
 
 
 TILES = {
-    "qkv": Tile(16, 256, 4, 4),
-    "side": Tile(16, 256, 4, 4),
-    "out": Tile(16, 256, 4, 4),
-    "gated": Tile(16, 256, 4, 4),
-    "down": Tile(16, 512, 4, 4),
-    "head": Tile(32, 256, 4, 4),
+    "qkv": Tile(4, 4),
+    "side": Tile(2, 4),
+    "out": Tile(4, 4),
+    "gated": Tile(4, 4),
+    "down": Tile(4, 4),
+    "head": Tile(8, 4),
 }
 
 
@@ -91,6 +89,11 @@ def _tile_threads(state: GroupState, weights: DecoderWeights) -> int:
     """Threads whose queries read a prompt together: 64 queries per key head."""
     per_head = weights.num_heads // weights.num_key_heads
     return min(state.capacity.num_threads, max(1, 64 // per_head))
+
+
+def _step(tile: Tile, inputs: int) -> int:
+    """Inputs that a program multiplies in one step."""
+    return min(8 * 32 * tile.warps, triton.next_power_of_2(max(8, inputs)))
 
 
 def _exchange_block(num_threads: int) -> int:
@@ -233,11 +236,11 @@ class Operations:
     def mlp(self, layer: LayerWeights, is_last: bool) -> None:
         """x += MLP(x); after the last layer into ``held`` instead, for the threads that wrote."""
         if self._thin:
-            tile = self._tile("gated", self._hidden)
+            tile = TILES["gated"]
             linear.project_gated[(triton.cdiv(self._inner, tile.outputs),)](
                 self.x, layer.mlp_norm, self.weights.eps, layer.gate, layer.up, self._inner_x, self._rows,
-                self._hidden, self._inner, self._block_m, tile.outputs, tile.inputs,
-                num_warps=tile.warps, num_stages=tile.stages, **self._launch,
+                self._hidden, self._inner, self._block_m, tile.outputs, _step(tile, self._hidden),
+                num_warps=tile.warps, **self._launch,
             )  # fmt: skip
         else:
             assert self._gate_up is not None
@@ -296,13 +299,7 @@ class Operations:
 
     @property
     def _block_m(self) -> int:
-        return 8 if self._rows <= 8 else 16
-
-    def _tile(self, role: str, inputs: int) -> Tile:
-        """The tile of a role, no wider than its inputs; float32 takes twice the room."""
-        tile = TILES[role]
-        widest = min(tile.inputs // (2 if self.x.dtype == torch.float32 else 1), triton.next_power_of_2(inputs))
-        return Tile(tile.outputs, max(16, widest), tile.warps, tile.stages)
+        return triton.next_power_of_2(self._rows)
 
     def _project(
         self,
@@ -316,12 +313,12 @@ class Operations:
         has_norm: bool | None = None,
         has_bias: bool = False,
     ) -> None:
-        tile = self._tile(role, x.shape[1])
+        tile = TILES[role]
         blocks = sum(triton.cdiv(size, tile.outputs) for size in sizes)
         linear.project[(blocks,)](
             x, norm, self.weights.eps, *weights, *biases, out, self._rows, x.shape[1], *sizes,
-            role == "qkv" if has_norm is None else has_norm, has_bias, self._block_m, tile.outputs, tile.inputs,
-            num_warps=tile.warps, num_stages=tile.stages, **self._launch,
+            role == "qkv" if has_norm is None else has_norm, has_bias, self._block_m, tile.outputs,
+            _step(tile, x.shape[1]), num_warps=tile.warps, **self._launch,
         )  # fmt: skip
 
     def _project_add(
@@ -329,14 +326,13 @@ class Operations:
     ) -> None:
         out = self.state.held if into_held else self.x
         if self._thin:
-            tile = self._tile(role, x.shape[1])
+            tile = TILES[role]
             x2, weight2 = extra or (x, weight)
             extra_inputs = 0 if extra is None else x2.shape[1]
             linear.project_add[(triton.cdiv(len(weight), tile.outputs),)](
                 x, weight, x2, weight2, self.x, out, self.state.written, self._rows, x.shape[1], extra_inputs,
-                len(weight), into_held, self._block_m, tile.outputs, tile.inputs,
-                max(16, min(tile.inputs, triton.next_power_of_2(extra_inputs))) if extra_inputs else 16,
-                num_warps=tile.warps, num_stages=tile.stages, **self._launch,
+                len(weight), into_held, self._block_m, tile.outputs, _step(tile, x.shape[1]), _step(tile, extra_inputs),
+                num_warps=tile.warps, **self._launch,
             )  # fmt: skip
             return
         torch.addmm(self.x, x, weight.t(), out=self.x)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lace_lightning.engine.kernels.linear import _sync
+from lace_lightning.engine.kernels.linear import sync
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -87,7 +87,7 @@ def attend(
     BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out (M, H * D); one program per thread and key head reads all of its keys."""
-    _sync(PDL)
+    sync(PDL)
     row, kv = tl.program_id(0), tl.program_id(1)
     G: tl.constexpr = H // HKV
     b = row // N
@@ -120,7 +120,7 @@ def attend_parts(
     BLOCK_Q: tl.constexpr, BLOCK_PQ: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Partial softmaxes: the first programs read a part of a prompt for TILE_N threads, the others a part of a thread."""
-    _sync(PDL)
+    sync(PDL)
     task, kv = tl.program_id(0), tl.program_id(1)
     TILES: tl.constexpr = (N + TILE_N - 1) // TILE_N
     num_prompt_tasks = B * TILES * PROMPT_PARTS
@@ -216,7 +216,7 @@ def merge_parts(
     part_acc, part_m, part_l, out, D: tl.constexpr, PARTS: tl.constexpr, BLOCK_P: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """out (M * H, D) from PARTS partial softmaxes each; a part without keys has m = -inf and weighs nothing."""
-    _sync(PDL)
+    sync(PDL)
     place = tl.program_id(0).to(tl.int64) * PARTS
     part, dim = tl.arange(0, BLOCK_P), tl.arange(0, D)
     m = tl.load(part_m + place + part, mask=part < PARTS, other=float("-inf"))

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from lace_lightning.engine.kernels.attention import LOG2E
-from lace_lightning.engine.kernels.linear import _sync
+from lace_lightning.engine.kernels.linear import sync
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def exchange(
     ``visible`` (B, CAP * N) says which positions may be read. ``time`` (B,) counts columns; the fed one is the last.
     Of the programs that share BLOCK_N reading threads, the last one to finish joins their parts and heads, and gates.
     """
-    _sync(PDL)
+    sync(PDL)
     tile, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     R: tl.constexpr = HEADS * D
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N

@@ -13,62 +13,65 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
-@triton.jit
-def _prefetch(pointer, num_bytes):
-    """Bring a contiguous range (16-byte aligned, a multiple of 16 bytes) into L2 without waiting for it."""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred first; .reg .u32 thread;
-        mov.u32 thread, %tid.x;
-        setp.eq.u32 first, thread, 0;
-        @first cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.u32 $0, 0;
-        }""",
-        "=r,l,r",
-        [pointer.to(tl.int64), num_bytes],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+VECTOR: tl.constexpr = tl.constexpr(8)
+"""Inputs that a thread loads and multiplies at once: 16 bytes of bfloat16."""
 
 
 @triton.jit
-def _begin(w, first, num_rows, K: tl.constexpr, PDL: tl.constexpr):
-    """Prefetch rows first … first + num_rows of a weight, let the next kernel begin too, wait for the previous one."""
+def sync(PDL: tl.constexpr):
+    """Wait for the previous kernel, and let the next one begin."""
     if PDL:
-        _prefetch(w + first.to(tl.int64) * K, num_rows * (K * (w.dtype.element_ty.primitive_bitwidth // 8)))
-
-
-@triton.jit
-def _sync(PDL: tl.constexpr):
-    """Let the next kernel begin, and wait for the previous one."""
-    if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
-def _products(
-    acc, squares, x, norm, w, first, O, M,
+def _weight_place(first, K: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Output rows o (1, BLOCK_O, 1, 1) and inputs k (1, 1, BLOCK_K / 8, 8) of a program's first step."""
+    o = first + tl.arange(0, BLOCK_O)[None, :, None, None]
+    k = (tl.arange(0, BLOCK_K // VECTOR) * VECTOR)[None, None, :, None] + tl.arange(0, VECTOR)[None, None, None, :]
+    return o, k
+
+
+@triton.jit
+def _load_rows(x, norm, k, M, K: tl.constexpr, NORM: tl.constexpr, BLOCK_M: tl.constexpr):
+    """x (BLOCK_M, 1, BLOCK_K / 8, 8) in float32 at inputs k, and x * norm if NORM."""
+    m = tl.arange(0, BLOCK_M)[:, None, None, None]
+    rows = tl.load(x + m * K + k, mask=(m < M) & (k < K), other=0.0).to(tl.float32)
+    scaled = rows
+    if NORM:
+        scaled = rows * tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
+    return rows, scaled
+
+
+@triton.jit
+def _times_slab(
+    x, norm, w, first, O, M,
     K: tl.constexpr, NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+    WAIT: tl.constexpr,
 ):  # fmt: skip
-    """acc (BLOCK_O, BLOCK_M) += W[first:] @ (x * norm)ᵀ and squares (BLOCK_M,) += the sums of x², over all K."""
-    o = first + tl.arange(0, BLOCK_O)
-    m = tl.arange(0, BLOCK_M)
+    """(BLOCK_M, BLOCK_O) = (x * norm) @ W[first : first + BLOCK_O]ᵀ, and the sums of x² (BLOCK_M, 1).
+
+    The weights' first step is loaded before the previous kernel has ended (WAIT), each later one a step ahead.
+    """
+    o, k = _weight_place(first, K, BLOCK_O, BLOCK_K)
+    place = w + o.to(tl.int64) * K + k
+    ahead = tl.load(place, mask=(o < O) & (k < K), other=0.0, eviction_policy="evict_first")
+    if WAIT:
+        gdc_wait()
+    acc = tl.zeros((BLOCK_M, BLOCK_O, BLOCK_K // VECTOR), tl.float32)
+    squares = tl.zeros((BLOCK_M, 1, BLOCK_K // VECTOR), tl.float32)
     for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        in_w, in_x = (o[:, None] < O), (m[None, :] < M)
-        if K % BLOCK_K != 0:
-            in_w, in_x = in_w & (k[None, :] < K), in_x & (k[:, None] < K)
-        weight = tl.load(w + o[:, None].to(tl.int64) * K + k[None, :], mask=in_w, other=0.0)
-        rows = tl.load(x + m[None, :] * K + k[:, None], mask=in_x, other=0.0)
+        weight = ahead.to(tl.float32)
+        following = start + BLOCK_K + k
+        ahead = tl.load(
+            place + start + BLOCK_K, mask=(o < O) & (following < K), other=0.0, eviction_policy="evict_first"
+        )
+        rows, scaled = _load_rows(x, norm, start + k, M, K, NORM, BLOCK_M)
         if NORM:
-            wide = rows.to(tl.float32)
-            squares += tl.sum(wide * wide, axis=0)
-            scale = tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
-            rows = (wide * scale[:, None]).to(rows.dtype)
-        acc = tl.dot(weight, rows, acc, input_precision="ieee")
-    return acc, squares
+            squares += tl.sum(rows * rows, axis=3)
+        acc += tl.sum(weight * scaled, axis=3)
+    return tl.sum(acc, axis=2), tl.sum(squares, axis=2)
 
 
 @triton.jit
@@ -82,28 +85,25 @@ def project(
     The norm's division comes after the product: a row's scale needs all of the row, the product need not wait for it.
     """
     block = tl.program_id(0)
-    w, b, first, O, offset = w0, b0, block * BLOCK_O, block * 0 + O0, block * 0
+    w, b, first, size, offset = w0, b0, block * BLOCK_O, block * 0 + O0, block * 0
     blocks_0: tl.constexpr = (O0 + BLOCK_O - 1) // BLOCK_O
     if O1 > 0:
         blocks_1: tl.constexpr = (O1 + BLOCK_O - 1) // BLOCK_O
         if block >= blocks_0:
-            w, b, first, O, offset = w1, b1, (block - blocks_0) * BLOCK_O, block * 0 + O1, block * 0 + O0
+            w, b, first, size, offset = w1, b1, (block - blocks_0) * BLOCK_O, block * 0 + O1, block * 0 + O0
         if block >= blocks_0 + blocks_1:
             w, b = w2, b2
-            first, O, offset = (block - blocks_0 - blocks_1) * BLOCK_O, block * 0 + O2, block * 0 + O0 + O1
-    _begin(w, first, tl.minimum(O - first, BLOCK_O), K, PDL)
-    _sync(PDL)
-    acc = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
-    squares = tl.zeros((BLOCK_M,), tl.float32)
-    acc, squares = _products(acc, squares, x, norm, w, first, O, M, K, NORM, BLOCK_M, BLOCK_O, BLOCK_K)
+            first, size, offset = (block - blocks_0 - blocks_1) * BLOCK_O, block * 0 + O2, block * 0 + O0 + O1
+    acc, squares = _times_slab(x, norm, w, first, size, M, K, NORM, BLOCK_M, BLOCK_O, BLOCK_K, PDL)
+    if PDL:
+        gdc_launch_dependents()
     if NORM:
-        acc *= tl.rsqrt(squares / K + eps)[None, :]
-    o = first + tl.arange(0, BLOCK_O)
-    m = tl.arange(0, BLOCK_M)
+        acc *= tl.rsqrt(squares / K + eps)
+    o, m = first + tl.arange(0, BLOCK_O)[None, :], tl.arange(0, BLOCK_M)[:, None]
     if BIAS:
-        acc += tl.load(b + o, mask=o < O, other=0.0).to(tl.float32)[:, None]
-    inside = (o[:, None] < O) & (m[None, :] < M)
-    tl.store(out + m[None, :] * (O0 + O1 + O2) + offset + o[:, None], acc.to(out.dtype.element_ty), mask=inside)
+        acc += tl.load(b + o, mask=o < size, other=0.0).to(tl.float32)
+    place = out + m * (O0 + O1 + O2) + offset + o
+    tl.store(place, acc.to(out.dtype.element_ty), mask=(o < size) & (m < M))
 
 
 @triton.jit
@@ -114,24 +114,18 @@ def project_add(
 ):  # fmt: skip
     """out (M, O) = residual + x @ wᵀ [+ x2 @ w2ᵀ]; MASKED leaves rows alone that are not ``written``."""
     first = tl.program_id(0) * BLOCK_O
-    num_rows = tl.minimum(O - first, BLOCK_O)
-    _begin(w, first, num_rows, K, PDL)
+    acc, _ = _times_slab(x, x, w, first, O, M, K, False, BLOCK_M, BLOCK_O, BLOCK_K, PDL)
     if K2 > 0:
-        _begin(w2, first, num_rows, K2, PDL)
-    _sync(PDL)
-    o = first + tl.arange(0, BLOCK_O)
-    m = tl.arange(0, BLOCK_M)
-    acc = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
-    squares = tl.zeros((BLOCK_M,), tl.float32)
-    if K2 > 0:
-        acc, squares = _products(acc, squares, x2, x2, w2, first, O, M, K2, False, BLOCK_M, BLOCK_O, BLOCK_K2)
-    acc, squares = _products(acc, squares, x, x, w, first, O, M, K, False, BLOCK_M, BLOCK_O, BLOCK_K)
-    inside = (o[:, None] < O) & (m[None, :] < M)
-    place = m[None, :] * O + o[:, None]
-    acc += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+        more, _ = _times_slab(x2, x2, w2, first, O, M, K2, False, BLOCK_M, BLOCK_O, BLOCK_K2, False)
+        acc += more
+    if PDL:
+        gdc_launch_dependents()
+    o, m = first + tl.arange(0, BLOCK_O)[None, :], tl.arange(0, BLOCK_M)[:, None]
+    inside = (o < O) & (m < M)
+    acc += tl.load(residual + m * O + o, mask=inside, other=0.0).to(tl.float32)
     if MASKED:
-        inside = inside & (tl.load(written + m, mask=m < M, other=0) != 0)[None, :]
-    tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside)
+        inside = inside & (tl.load(written + m, mask=m < M, other=0) != 0)
+    tl.store(out + m * O + o, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -142,41 +136,39 @@ def project_gated(
 ):  # fmt: skip
     """out (M, O) = silu(h @ w_gateᵀ) * (h @ w_upᵀ) with h = RMSNorm(x): the first half of the MLP."""
     first = tl.program_id(0) * BLOCK_O
-    num_rows = tl.minimum(O - first, BLOCK_O)
-    _begin(w_gate, first, num_rows, K, PDL)
-    _begin(w_up, first, num_rows, K, PDL)
-    _sync(PDL)
-    o = first + tl.arange(0, BLOCK_O)
-    m = tl.arange(0, BLOCK_M)
-    gate = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
-    up = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
-    squares = tl.zeros((BLOCK_M,), tl.float32)
+    o, k = _weight_place(first, K, BLOCK_O, BLOCK_K)
+    place = o.to(tl.int64) * K + k
+    inside = (o < O) & (k < K)
+    ahead_gate = tl.load(w_gate + place, mask=inside, other=0.0, eviction_policy="evict_first")
+    ahead_up = tl.load(w_up + place, mask=inside, other=0.0, eviction_policy="evict_first")
+    if PDL:
+        gdc_wait()
+    gate = tl.zeros((BLOCK_M, BLOCK_O, BLOCK_K // VECTOR), tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_O, BLOCK_K // VECTOR), tl.float32)
+    squares = tl.zeros((BLOCK_M, 1, BLOCK_K // VECTOR), tl.float32)
     for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        in_w, in_x = (o[:, None] < O), (m[None, :] < M)
-        if K % BLOCK_K != 0:
-            in_w, in_x = in_w & (k[None, :] < K), in_x & (k[:, None] < K)
-        place = o[:, None].to(tl.int64) * K + k[None, :]
-        weight_gate = tl.load(w_gate + place, mask=in_w, other=0.0)
-        weight_up = tl.load(w_up + place, mask=in_w, other=0.0)
-        rows = tl.load(x + m[None, :] * K + k[:, None], mask=in_x, other=0.0)
-        wide = rows.to(tl.float32)
-        squares += tl.sum(wide * wide, axis=0)
-        scale = tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
-        rows = (wide * scale[:, None]).to(rows.dtype)
-        gate = tl.dot(weight_gate, rows, gate, input_precision="ieee")
-        up = tl.dot(weight_up, rows, up, input_precision="ieee")
-    inverse = tl.rsqrt(squares / K + eps)[None, :]
-    gate, up = gate * inverse, up * inverse
-    inside = (o[:, None] < O) & (m[None, :] < M)
-    value = gate / (1 + tl.exp(-gate)) * up
-    tl.store(out + m[None, :] * O + o[:, None], value.to(out.dtype.element_ty), mask=inside)
+        weight_gate, weight_up = ahead_gate.to(tl.float32), ahead_up.to(tl.float32)
+        following = place + start + BLOCK_K
+        inside = (o < O) & (start + BLOCK_K + k < K)
+        ahead_gate = tl.load(w_gate + following, mask=inside, other=0.0, eviction_policy="evict_first")
+        ahead_up = tl.load(w_up + following, mask=inside, other=0.0, eviction_policy="evict_first")
+        rows, scaled = _load_rows(x, norm, start + k, M, K, True, BLOCK_M)
+        squares += tl.sum(rows * rows, axis=3)
+        gate += tl.sum(weight_gate * scaled, axis=3)
+        up += tl.sum(weight_up * scaled, axis=3)
+    if PDL:
+        gdc_launch_dependents()
+    inverse = tl.rsqrt(tl.sum(squares, axis=2) / K + eps)
+    g, u = tl.sum(gate, axis=2) * inverse, tl.sum(up, axis=2) * inverse
+    o, m = first + tl.arange(0, BLOCK_O)[None, :], tl.arange(0, BLOCK_M)[:, None]
+    value = g / (1 + tl.exp(-g)) * u
+    tl.store(out + m * O + o, value.to(out.dtype.element_ty), mask=(o < O) & (m < M))
 
 
 @triton.jit
 def rms_norm(x, norm, eps, out, D: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
     """out (M, D) = RMSNorm(x); one program per row."""
-    _sync(PDL)
+    sync(PDL)
     d = tl.arange(0, BLOCK_D)
     row = tl.program_id(0).to(tl.int64) * D
     value = tl.load(x + row + d, mask=d < D, other=0.0).to(tl.float32)
@@ -188,7 +180,7 @@ def rms_norm(x, norm, eps, out, D: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.
 @triton.jit
 def silu_mul(gate_up, out, I: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """out (M, I) = silu(gate_up[:, :I]) * gate_up[:, I:]."""
-    _sync(PDL)
+    sync(PDL)
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(gate_up + row * 2 * I + i, mask=i < I, other=0.0).to(tl.float32)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lace_lightning.engine.kernels.linear import _sync
+from lace_lightning.engine.kernels.linear import sync
 
 
 @triton.jit
 def embed(tokens, table, x, D: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
     """x (M, D) = table[tokens]."""
-    _sync(PDL)
+    sync(PDL)
     row = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
     token = tl.load(tokens + row)
@@ -22,7 +22,7 @@ def embed(tokens, table, x, D: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.cons
 @triton.jit
 def softmax_parts(logits, tops, sums, cooled, inverse_temperature, V, PARTS, BLOCK_V: tl.constexpr, PDL: tl.constexpr):
     """Per row and block of BLOCK_V logits: the largest, and the sums of exp(logit - largest), plain and cooled."""
-    _sync(PDL)
+    sync(PDL)
     row, part = tl.program_id(0), tl.program_id(1)
     v = part * BLOCK_V + tl.arange(0, BLOCK_V)
     x = tl.load(logits + row.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
@@ -47,7 +47,7 @@ def draw(
     N: tl.constexpr, GREEDY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One inverse-CDF draw per row, and its log-probability at temperature 1: first the block of logits, then the token."""
-    _sync(PDL)
+    sync(PDL)
     row = tl.program_id(0)
     b, n = row // N, row % N
     part = tl.arange(0, BLOCK_P)
@@ -89,7 +89,7 @@ def advance(
     N: tl.constexpr, NUM_EOS: tl.constexpr, NUM_OPENING: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Write one column of a group; the same rules as :class:`lace_lightning.decoding.threads.Threads`."""
-    _sync(PDL)
+    sync(PDL)
     b = tl.program_id(0)
     n = tl.arange(0, BLOCK_N)
     rows = b * N + n
