@@ -6,7 +6,10 @@ own kernels. Above, the library's products are better.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from lace_lightning.exchange.rotary import rotate
 THIN = 8
 """Most rows for which our own matrix products are used."""
 _BLOCK_V = 1024
+ATTEND = (64, 4, 3)
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,7 @@ class Operations:
         self._cos, self._sin = weights.rotary_tables(size.prompt + size.new)
         self._sides = {i: _SideBuffers(side, state) for i, side in weights.sides.items()}
         self._plan = Plan(0, 0, 1)
+        self._streams = [] if self._thin else [torch.cuda.Stream() for _ in range(2)]
 
     def set_plan(self, new: Plan) -> None:
         """Cut attention like this from now on; allocates what it needs."""
@@ -168,14 +173,15 @@ class Operations:
             )  # fmt: skip
             return
         self._rms_norm(self.x, layer.input_norm)
-        start = 0
-        for index, weight in enumerate((layer.q, layer.k, layer.v)):
-            out = self._qkv[:, start : start + weight.shape[0]]
-            if layer.biases is None:
-                torch.mm(self._normed, weight.t(), out=out)
-            else:
-                torch.addmm(layer.biases[index], self._normed, weight.t(), out=out)
-            start += weight.shape[0]
+        bounds = list(accumulate((len(layer.q), len(layer.k), len(layer.v)), initial=0))
+        outs = [self._qkv[:, start:end] for start, end in pairwise(bounds)]
+        biases = layer.biases or (None,) * 3
+        self._together(
+            *(
+                partial(_mm, self._normed, weight, out, bias)
+                for weight, out, bias in zip((layer.q, layer.k, layer.v), outs, biases, strict=True)
+            )
+        )
 
     def attend(self, index: int, layer: LayerWeights) -> None:
         """What each thread reads of the prompt and of its own past."""
@@ -188,8 +194,8 @@ class Operations:
             size.prompt, s.own_k[index], s.own_v[index], s.own_length, size.new,
         )  # fmt: skip
         queries = triton.next_power_of_2(max(16, heads // key_heads))
-        keys_per_step = 32 if self.x.dtype == torch.float32 else 64
-        options: dict[str, Any] = {"BLOCK_T": keys_per_step, "num_warps": 4, "num_stages": 3, **self._launch}
+        keys_per_step = 32 if self.x.dtype == torch.float32 else ATTEND[0]
+        options: dict[str, Any] = {"BLOCK_T": keys_per_step, "num_warps": ATTEND[1], "num_stages": ATTEND[2], **self._launch}
         if not self._plan.own_parts:
             attention.attend[(self._rows, key_heads)](
                 *inputs, self._attended, w.scale, size.num_threads, heads, key_heads, dim, has_norm, queries, **options
@@ -219,6 +225,15 @@ class Operations:
         else:
             torch.mm(self._attended, side.w_in.t(), out=buffers.inputs)
         aligned = config.scope == "aligned"
+        threads = triton.next_power_of_2(size.num_threads)
+        is_power = triton.next_power_of_2(config.heads) == config.heads
+        if aligned and is_power and threads * config.heads <= 64:
+            exchange.exchange_aligned[(size.num_groups,)](
+                buffers.inputs, s.written, s.time, *buffers.tables, side.w_gate, side.b_gate, buffers.out,
+                config.dim**-0.5, size.num_threads, config.heads, config.dim, *config.rotary_dims, config.own,
+                max(threads, -(-16 // config.heads)), num_warps=4, **self._launch,
+            )  # fmt: skip
+            return
         keys, values = (buffers.inputs,) * 2 if aligned else s.lattice[index]
         exchange.exchange[(len(buffers.arrived), config.heads, buffers.parts)](
             buffers.inputs, keys, values, s.visible, s.written, s.time, *buffers.tables, side.w_gate, side.b_gate,
@@ -245,8 +260,10 @@ class Operations:
         else:
             assert self._gate_up is not None
             self._rms_norm(self.x, layer.mlp_norm)
-            torch.mm(self._normed, layer.gate.t(), out=self._gate_up[:, : self._inner])
-            torch.mm(self._normed, layer.up.t(), out=self._gate_up[:, self._inner :])
+            self._together(
+                partial(_mm, self._normed, layer.gate, self._gate_up[:, : self._inner]),
+                partial(_mm, self._normed, layer.up, self._gate_up[:, self._inner :]),
+            )
             linear.silu_mul[(self._rows, triton.cdiv(self._inner, 1024))](
                 self._gate_up, self._inner_x, self._inner, 1024, **self._launch
             )
@@ -342,6 +359,17 @@ class Operations:
             written = self.state.written.view(-1, 1) != 0
             torch.where(written, self.x, self.state.held, out=self.state.held)
 
+    def _together(self, *products: Callable[[], None]) -> None:
+        """Products with the same input side by side: none of them alone keeps the memory busy."""
+        here = torch.cuda.current_stream()
+        for product, stream in zip(products[1:], self._streams, strict=False):
+            stream.wait_stream(here)
+            with torch.cuda.stream(stream):
+                product()
+        products[0]()
+        for _, stream in zip(products[1:], self._streams, strict=False):
+            here.wait_stream(stream)
+
     def _rms_norm(self, x: Tensor, norm: Tensor) -> None:
         block = triton.next_power_of_2(self._hidden)
         linear.rms_norm[(self._rows,)](
@@ -387,6 +415,14 @@ def _rotary_tables(side: SidePath, columns: int, num_threads: int) -> tuple[Tens
     by_time = tables(torch.arange(columns, device=device), zero)
     by_thread = tables(zero, torch.arange(num_threads, device=device))
     return *by_time, *by_thread
+
+
+def _mm(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+    """out = x @ weightᵀ [+ bias]."""
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
 
 
 def _mm_float32(x: Tensor, weight: Tensor, out: Tensor) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lace_lightning.engine.kernels.linear import sync
+from lace_lightning.engine.kernels.launch import prefetch, sync
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -38,7 +38,7 @@ def _rotated(rows, inside, norm, eps, cos, sin, position, NORM: tl.constexpr, D:
 
 @triton.jit
 def _over_keys(
-    q, m, l, acc, keys, values, start, end, scale, D: tl.constexpr, BLOCK_T: tl.constexpr
+    q, m, mass, acc, keys, values, start, end, scale, D: tl.constexpr, BLOCK_T: tl.constexpr
 ):  # fmt: skip
     """Go on with an online softmax over keys start … end, stored (T, D)."""
     dim = tl.arange(0, D)
@@ -53,10 +53,10 @@ def _over_keys(
         m_new = tl.maximum(m, tl.max(scores, axis=1))
         shrink = tl.exp2(m - m_new)
         p = tl.exp2(scores - m_new[:, None])
-        l = l * shrink + tl.sum(p, axis=1)
+        mass = mass * shrink + tl.sum(p, axis=1)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         m = m_new
-    return m, l, acc
+    return m, mass, acc
 
 
 @triton.jit
@@ -87,12 +87,19 @@ def attend(
     BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out (M, H * D); one program per thread and key head reads all of its keys."""
-    sync(PDL)
     row, kv = tl.program_id(0), tl.program_id(1)
     G: tl.constexpr = H // HKV
     b = row // N
     start, length = tl.load(prompt_start + b), tl.load(own_length + row)
     position = P - start + length
+    prompt = (b.to(tl.int64) * HKV + kv) * P * D
+    own = (row.to(tl.int64) * HKV + kv) * CAP * D
+    key_bytes: tl.constexpr = D * (own_k.dtype.element_ty.primitive_bitwidth // 8)
+    prefetch(prompt_k + prompt + start * D, (P - start) * key_bytes, PDL)
+    prefetch(prompt_v + prompt + start * D, (P - start) * key_bytes, PDL)
+    prefetch(own_k + own, length * key_bytes, PDL)
+    prefetch(own_v + own, length * key_bytes, PDL)
+    sync(PDL)
     k, v = _append(
         qkv, k_norm, eps, cos, sin, own_k, own_v, row, kv, length, position, CAP, H, HKV, D, NORM
     )  # fmt: skip
@@ -100,15 +107,13 @@ def attend(
     heads = qkv + row.to(tl.int64) * ((H + 2 * HKV) * D) + (kv * G + g) * D
     q = _rotated(heads, g < G, q_norm, eps, cos, sin, position + g * 0, NORM, D).to(k.dtype)
     m = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * (scale * LOG2E)
-    l = tl.full((BLOCK_Q,), 1.0, tl.float32)
+    mass = tl.full((BLOCK_Q,), 1.0, tl.float32)
     acc = tl.zeros((BLOCK_Q, D), tl.float32) + v.to(tl.float32)
-    prompt = (b.to(tl.int64) * HKV + kv) * P * D
-    m, l, acc = _over_keys(q, m, l, acc, prompt_k + prompt, prompt_v + prompt, start, P, scale * LOG2E, D, BLOCK_T)
-    own = (row.to(tl.int64) * HKV + kv) * CAP * D
-    m, l, acc = _over_keys(q, m, l, acc, own_k + own, own_v + own, 0, length, scale * LOG2E, D, BLOCK_T)
+    m, mass, acc = _over_keys(q, m, mass, acc, prompt_k + prompt, prompt_v + prompt, start, P, scale * LOG2E, D, BLOCK_T)
+    m, mass, acc = _over_keys(q, m, mass, acc, own_k + own, own_v + own, 0, length, scale * LOG2E, D, BLOCK_T)
     dim = tl.arange(0, D)
     place = (row * H + kv * G + g)[:, None] * D + dim[None, :]
-    tl.store(out + place, (acc / l[:, None]).to(out.dtype.element_ty), mask=(g < G)[:, None])
+    tl.store(out + place, (acc / mass[:, None]).to(out.dtype.element_ty), mask=(g < G)[:, None])
 
 
 @triton.jit
@@ -156,16 +161,16 @@ def _prompt_part(
     heads = qkv + rows.to(tl.int64) * ((H + 2 * HKV) * D) + head * D
     q = _rotated(heads, inside, q_norm, eps, cos, sin, position, NORM, D).to(qkv.dtype.element_ty)
     m = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
-    l = tl.zeros((BLOCK_Q,), tl.float32)
+    mass = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, D), tl.float32)
     size = tl.cdiv(P - start, PROMPT_PARTS)
     first = start + part * size
     keys = (b.to(tl.int64) * HKV + kv) * P * D
-    m, l, acc = _over_keys(
-        q, m, l, acc, prompt_k + keys, prompt_v + keys, first, tl.minimum(first + size, P), scale * LOG2E, D, BLOCK_T
+    m, mass, acc = _over_keys(
+        q, m, mass, acc, prompt_k + keys, prompt_v + keys, first, tl.minimum(first + size, P), scale * LOG2E, D, BLOCK_T
     )
     place = (rows.to(tl.int64) * H + head) * (PROMPT_PARTS + OWN_PARTS) + part
-    _store_part(part_acc, part_m, part_l, place, inside, m, l, acc, D)
+    _store_part(part_acc, part_m, part_l, place, inside, m, mass, acc, D)
 
 
 @triton.jit
@@ -184,30 +189,30 @@ def _own_part(
     heads = qkv + row.to(tl.int64) * ((H + 2 * HKV) * D) + (kv * G + g) * D
     q = _rotated(heads, g < G, q_norm, eps, cos, sin, position + g * 0, NORM, D).to(qkv.dtype.element_ty)
     m = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
-    l = tl.zeros((BLOCK_Q,), tl.float32)
+    mass = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, D), tl.float32)
     if part == 0:
         k, v = _append(
             qkv, k_norm, eps, cos, sin, own_k, own_v, row, kv, length, position, CAP, H, HKV, D, NORM
         )  # fmt: skip
         m = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * (scale * LOG2E)
-        l += 1.0
+        mass += 1.0
         acc += v.to(tl.float32)
     size = tl.cdiv(length, OWN_PARTS)
     keys = (row.to(tl.int64) * HKV + kv) * CAP * D
     last = tl.minimum((part + 1) * size, length)
-    m, l, acc = _over_keys(
-        q, m, l, acc, own_k + keys, own_v + keys, part * size, last, scale * LOG2E, D, BLOCK_T
+    m, mass, acc = _over_keys(
+        q, m, mass, acc, own_k + keys, own_v + keys, part * size, last, scale * LOG2E, D, BLOCK_T
     )
     place = (row.to(tl.int64) * H + kv * G + g) * (PROMPT_PARTS + OWN_PARTS) + PROMPT_PARTS + part
-    _store_part(part_acc, part_m, part_l, place, g < G, m, l, acc, D)
+    _store_part(part_acc, part_m, part_l, place, g < G, m, mass, acc, D)
 
 
 @triton.jit
-def _store_part(part_acc, part_m, part_l, place, inside, m, l, acc, D: tl.constexpr):
+def _store_part(part_acc, part_m, part_l, place, inside, m, mass, acc, D: tl.constexpr):
     dim = tl.arange(0, D)
     tl.store(part_m + place, m, mask=inside)
-    tl.store(part_l + place, l, mask=inside)
+    tl.store(part_l + place, mass, mask=inside)
     tl.store(part_acc + place[:, None] * D + dim[None, :], acc, mask=inside[:, None])
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from lace_lightning.engine.kernels.attention import LOG2E
-from lace_lightning.engine.kernels.linear import sync
+from lace_lightning.engine.kernels.launch import prefetch, sync
 
 
 @triton.jit
@@ -42,17 +42,20 @@ def _keys(q, m, mass, acc, k, v, readable, n, key_thread, scale, OWN: tl.constex
 
 
 @triton.jit
-def _turned(
-    inputs, rows, takes_part, n, t, time_cos, time_sin, thread_cos, thread_sin, N: tl.constexpr, D: tl.constexpr,
-    TIME: tl.constexpr, THREAD: tl.constexpr,
-):  # fmt: skip
+def _angles(n, t, time_cos, time_sin, thread_cos, thread_sin, N: tl.constexpr, D: tl.constexpr):
+    """Cosines and signed sines (R, D) of threads n (R,) at lattice time t."""
+    dim = tl.arange(0, D)
+    inside, place = (n < N)[:, None], n[:, None] * D + dim[None, :]
+    cos = tl.load(time_cos + t * D + dim)[None, :] * tl.load(thread_cos + place, mask=inside, other=0.0)
+    sin = tl.load(time_sin + t * D + dim)[None, :] + tl.load(thread_sin + place, mask=inside, other=0.0)
+    return cos, sin
+
+
+@triton.jit
+def _turned(inputs, rows, takes_part, cos, sin, D: tl.constexpr, TIME: tl.constexpr, THREAD: tl.constexpr):
     """(R, D): queries or keys at pointers ``rows`` (R,), turned by lattice time and by thread; zero where not written."""
     dim = tl.arange(0, D)
-    inside, mask = (n < N)[:, None], takes_part[:, None]
-    angle = n[:, None] * D + dim[None, :]
-    cos = tl.load(time_cos + t * D + dim)[None, :] * tl.load(thread_cos + angle, mask=inside, other=0.0)
-    sin = tl.load(time_sin + t * D + dim)[None, :] + tl.load(thread_sin + angle, mask=inside, other=0.0)
-    partner = _partner(dim, TIME, THREAD)
+    partner, mask = _partner(dim, TIME, THREAD), takes_part[:, None]
     x = tl.load(rows[:, None] + dim[None, :], mask=mask, other=0.0).to(tl.float32) * cos
     x += tl.load(rows[:, None] + partner[None, :], mask=mask, other=0.0).to(tl.float32) * sin
     return x.to(inputs.dtype.element_ty)
@@ -72,7 +75,6 @@ def exchange(
     ``visible`` (B, CAP * N) says which positions may be read. ``time`` (B,) counts columns; the fed one is the last.
     Of the programs that share BLOCK_N reading threads, the last one to finish joins their parts and heads, and gates.
     """
-    sync(PDL)
     tile, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     R: tl.constexpr = HEADS * D
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -81,25 +83,33 @@ def exchange(
     rows, in_n = b * N + n, n < N
     t = tl.load(time + b) - 1
     takes_part = tl.load(written + rows, mask=in_n, other=0) != 0
-    q = _turned(
-        inputs, inputs + rows.to(tl.int64) * (4 * R) + head * D, takes_part, n, t, time_cos, time_sin, thread_cos,
-        thread_sin, N, D, TIME, THREAD,
-    )  # fmt: skip
+    cache = (b.to(tl.int64) * HEADS + head) * CAP * N
+    seen = b.to(tl.int64) * CAP * N
+    begin, end = t * 0, t * 0
+    if not ALIGNED:
+        if WINDOW > 0:
+            begin = tl.maximum(0, t - WINDOW + 1) * N
+        size = tl.cdiv(tl.cdiv(t * N - begin, PARTS), BLOCK_T) * BLOCK_T
+        begin += part * size
+        end = tl.minimum(begin + size, t * N)
+        key_bytes: tl.constexpr = D * (cache_k.dtype.element_ty.primitive_bitwidth // 8)
+        prefetch(cache_k + (cache + begin) * D, (end - begin) * key_bytes, PDL)
+        prefetch(cache_v + (cache + begin) * D, (end - begin) * key_bytes, PDL)
+    prefetch(w_gate, first_thread * 0 + R * R * (w_gate.dtype.element_ty.primitive_bitwidth // 8), PDL)
+    cos, sin = _angles(n, t, time_cos, time_sin, thread_cos, thread_sin, N, D)
+    sync(PDL)
+    q = _turned(inputs, inputs + rows.to(tl.int64) * (4 * R) + head * D, takes_part, cos, sin, D, TIME, THREAD)
     m = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK_N,), tl.float32)
     acc = tl.zeros((BLOCK_N, D), tl.float32)
-    cache = (b.to(tl.int64) * HEADS + head) * CAP * N
-    seen = b.to(tl.int64) * CAP * N
     if part == 0:
         for first_key in range(0, N, BLOCK_N):
             key_thread = first_key + tl.arange(0, BLOCK_N)
             key_rows = b * N + key_thread
             readable = tl.load(written + key_rows, mask=key_thread < N, other=0) != 0
             source = inputs + key_rows.to(tl.int64) * (4 * R) + head * D
-            k = _turned(
-                inputs, source + R, readable, key_thread, t, time_cos, time_sin, thread_cos, thread_sin, N, D, TIME,
-                THREAD,
-            )  # fmt: skip
+            key_cos, key_sin = _angles(key_thread, t, time_cos, time_sin, thread_cos, thread_sin, N, D)
+            k = _turned(inputs, source + R, readable, key_cos, key_sin, D, TIME, THREAD)
             v = tl.load(source[:, None] + 2 * R + dim[None, :], mask=readable[:, None], other=0.0)
             if not ALIGNED:
                 is_own = (key_thread < N) & (first_key == first_thread)
@@ -109,12 +119,6 @@ def exchange(
                 tl.store(visible + seen + t * N + key_thread, readable.to(tl.int8), mask=is_own & (head == 0))
             m, mass, acc = _keys(q, m, mass, acc, k, v, readable, n, key_thread, scale * LOG2E, OWN)
     if not ALIGNED:
-        begin = t * 0
-        if WINDOW > 0:
-            begin = tl.maximum(0, t - WINDOW + 1) * N
-        size = tl.cdiv(tl.cdiv(t * N - begin, PARTS), BLOCK_T) * BLOCK_T
-        begin += part * size
-        end = tl.minimum(begin + size, t * N)
         for first in range(begin, end, BLOCK_T):
             i = first + tl.arange(0, BLOCK_T)
             inside = i < end
@@ -138,6 +142,51 @@ def exchange(
 
 
 @triton.jit
+def exchange_aligned(
+    inputs, written, time, time_cos, time_sin, thread_cos, thread_sin, w_gate, b_gate, out, scale,
+    N: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, TIME: tl.constexpr, THREAD: tl.constexpr,
+    OWN: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """As :func:`exchange` with ALIGNED, all heads of a group in one program: for few threads, HEADS and D powers of two."""
+    b = tl.program_id(0)
+    R: tl.constexpr = HEADS * D
+    i, dim, r = tl.arange(0, BLOCK_N * HEADS), tl.arange(0, D), tl.arange(0, R)
+    n, head = i // HEADS, i % HEADS
+    rows = b * N + n
+    t = tl.load(time + b) - 1
+    takes_part = tl.load(written + rows, mask=n < N, other=0) != 0
+    cos, sin = _angles(n, t, time_cos, time_sin, thread_cos, thread_sin, N, D)
+    weight = tl.load(w_gate + r[None, :] * R + r[:, None])
+    bias = tl.load(b_gate + r).to(tl.float32)
+    thread = tl.arange(0, BLOCK_N)
+    writes = tl.load(written + b * N + thread, mask=thread < N, other=0) != 0
+    sync(PDL)
+    source = inputs + rows.to(tl.int64) * (4 * R) + head * D
+    q = _turned(inputs, source, takes_part, cos, sin, D, TIME, THREAD)
+    k = _turned(inputs, source + R, takes_part, cos, sin, D, TIME, THREAD)
+    v = tl.load(source[:, None] + 2 * R + dim[None, :], mask=takes_part[:, None], other=0.0)
+    place = (b * N + thread)[:, None].to(tl.int64) * (4 * R) + 3 * R + r[None, :]
+    from_z = tl.load(inputs + place, mask=(thread < N)[:, None], other=0.0).to(tl.float32)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+    allowed = takes_part[None, :] & (head[:, None] == head[None, :])
+    if OWN == "exclude":
+        allowed = allowed & (n[:, None] != n[None, :])
+    if OWN == "only":
+        allowed = allowed & (n[:, None] == n[None, :])
+    scores = tl.where(allowed, scores, float("-inf"))
+    top = tl.max(scores, axis=1)
+    p = tl.exp2(scores - tl.where(top == float("-inf"), 0.0, top)[:, None])
+    mass = tl.sum(p, axis=1)
+    acc = tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    read = tl.where(mass[:, None] > 0, acc / tl.where(mass > 0, mass, 1.0)[:, None], 0.0).to(q.dtype)
+    read = tl.reshape(read, (BLOCK_N, R))
+    gate = tl.dot(read, weight, input_precision="ieee") + from_z + bias[None, :]
+    value = tl.where(writes[:, None], read.to(tl.float32) / (1 + tl.exp(-gate)), 0.0)
+    place = (b * N + thread)[:, None].to(tl.int64) * R + r[None, :]
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=(thread < N)[:, None])
+
+
+@triton.jit
 def _gate(
     inputs, written, w_gate, b_gate, out, part_acc, part_m, part_l, b, n,
     N: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,
@@ -150,12 +199,12 @@ def _gate(
     inside = (n < N)[:, None] & (r < R)[None, :]
     place = (rows[:, None].to(tl.int64) * HEADS + (r // D)[None, :]) * PARTS
     top = tl.full((BLOCK_N, BLOCK_R), float("-inf"), tl.float32)
-    for part in range(PARTS):
+    for part in tl.static_range(PARTS):
         top = tl.maximum(top, tl.load(part_m + place + part, mask=inside, other=float("-inf"), cache_modifier=".cg"))
     top = tl.where(top == float("-inf"), 0.0, top)
     total = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     read = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    for part in range(PARTS):
+    for part in tl.static_range(PARTS):
         m = tl.load(part_m + place + part, mask=inside, other=float("-inf"), cache_modifier=".cg")
         weight = tl.exp2(m - top)
         total += weight * tl.load(part_l + place + part, mask=inside, other=0.0, cache_modifier=".cg")

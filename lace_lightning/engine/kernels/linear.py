@@ -1,7 +1,7 @@
 """Thin matrix products: a few rows times whole weight matrices, bound by reading the weights once.
 
-Each program owns BLOCK_O rows of a weight, a contiguous slab, and asks for all of it before its input is ready: the memory
-does not idle between kernels.
+Each program owns BLOCK_O rows of a weight and asks for their first part before its input is ready, so the memory does not
+idle between kernels. Weights go from memory straight to registers; with so few rows, plain multiply-adds keep up with it.
 
 Letters: M rows of activations, K inputs, O outputs. Weights are (O, K), as in ``nn.Linear``.
 """
@@ -12,17 +12,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from lace_lightning.engine.kernels.launch import sync
+
 
 VECTOR: tl.constexpr = tl.constexpr(8)
 """Inputs that a thread loads and multiplies at once: 16 bytes of bfloat16."""
-
-
-@triton.jit
-def sync(PDL: tl.constexpr):
-    """Wait for the previous kernel, and let the next one begin."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
 
 
 @triton.jit

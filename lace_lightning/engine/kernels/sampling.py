@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lace_lightning.engine.kernels.linear import sync
+from lace_lightning.engine.kernels.launch import sync
 
 
 @triton.jit
