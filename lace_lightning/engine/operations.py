@@ -19,12 +19,12 @@ from torch import Tensor
 from lace_lightning.decoding.random import uniform
 from lace_lightning.decoding.sampling import Sampling
 from lace_lightning.decoding.threads import Rules
-from lace_lightning.engine.kernels import attention, exchange, linear, sampling
+from lace_lightning.engine.kernels import attention, elementwise, exchange, linear, sampling
 from lace_lightning.engine.state import GroupState
 from lace_lightning.engine.weights import DecoderWeights, LayerWeights, SidePath
 from lace_lightning.exchange.rotary import rotate
 
-THIN = 8
+THIN = 16
 """Most rows for which our own matrix products are used."""
 _BLOCK_V = 1024
 ATTEND = (64, 4, 3)
@@ -32,19 +32,19 @@ ATTEND = (64, 4, 3)
 
 @dataclass(frozen=True)
 class Tile:
-    """How a thin product is cut: weight rows per program, and warps; a step takes 8 inputs per thread."""
+    """How a thin product is cut: warps that share out the inputs, and inputs that a warp asks for at once."""
 
-    outputs: int
     warps: int
+    inputs: int
 
 
 TILES = {
-    "qkv": Tile(4, 4),
-    "side": Tile(2, 4),
-    "out": Tile(4, 4),
-    "gated": Tile(4, 4),
-    "down": Tile(4, 4),
-    "head": Tile(8, 4),
+    "qkv": Tile(8, 128),
+    "side": Tile(8, 256),
+    "out": Tile(8, 256),
+    "gated": Tile(8, 128),
+    "down": Tile(8, 256),
+    "head": Tile(8, 128),
 }
 
 
@@ -96,8 +96,18 @@ def _tile_threads(state: GroupState, weights: DecoderWeights) -> int:
 
 
 def _step(tile: Tile, inputs: int) -> int:
-    """Inputs that a program multiplies in one step."""
-    return min(8 * 32 * tile.warps, triton.next_power_of_2(max(8, inputs)))
+    """Inputs that each warp asks for at once; a tensor core's operand has at least 32."""
+    return max(32, min(tile.inputs, triton.next_power_of_2(inputs // tile.warps)))
+
+
+def _is_thin(weights: DecoderWeights, rows: int) -> bool:
+    """Whether our own products take these weights: 16-bit, few rows, sizes in whole tiles."""
+    warps = max(tile.warps for tile in TILES.values())
+    layer = weights.layers[0]
+    matrices = [layer.q, layer.k, layer.o, layer.gate, layer.down, weights.head]
+    matrices += [matrix for side in weights.sides.values() for matrix in (side.w_in, side.w_out)]
+    fits = all(matrix.shape[0] % 16 == 0 and matrix.shape[1] % (8 * warps) == 0 for matrix in matrices)
+    return rows <= THIN and fits and weights.head.dtype in (torch.bfloat16, torch.float16)
 
 
 def _exchange_block(num_threads: int) -> int:
@@ -121,7 +131,7 @@ class Operations:
         self.weights, self.state, self.draws, self._pad_id, self._pdl = weights, state, draws, rules.pad_id, pdl
         self._launch: dict[str, Any] = {"PDL": pdl} | ({"launch_pdl": True} if pdl else {})
         like, rows, size = weights.embedding, state.capacity.rows, state.capacity
-        self._rows, self._thin = rows, rows <= THIN
+        self._rows, self._thin = rows, _is_thin(weights, rows)
         hidden, inner = like.shape[1], weights.layers[0].gate.shape[0]
         self._hidden, self._inner = hidden, inner
         heads, key_heads, dim = weights.num_heads, weights.num_key_heads, weights.head_dim
@@ -252,9 +262,9 @@ class Operations:
         """x += MLP(x); after the last layer into ``held`` instead, for the threads that wrote."""
         if self._thin:
             tile = TILES["gated"]
-            linear.project_gated[(triton.cdiv(self._inner, tile.outputs),)](
+            linear.project_gated[(self._inner // 16,)](
                 self.x, layer.mlp_norm, self.weights.eps, layer.gate, layer.up, self._inner_x, self._rows,
-                self._hidden, self._inner, self._block_m, tile.outputs, _step(tile, self._hidden),
+                self._hidden, self._inner, self._block_m, tile.warps, _step(tile, self._hidden),
                 num_warps=tile.warps, **self._launch,
             )  # fmt: skip
         else:
@@ -264,7 +274,7 @@ class Operations:
                 partial(_mm, self._normed, layer.gate, self._gate_up[:, : self._inner]),
                 partial(_mm, self._normed, layer.up, self._gate_up[:, self._inner :]),
             )
-            linear.silu_mul[(self._rows, triton.cdiv(self._inner, 1024))](
+            elementwise.silu_mul[(self._rows, triton.cdiv(self._inner, 1024))](
                 self._gate_up, self._inner_x, self._inner, 1024, **self._launch
             )
         self._project_add("down", self._inner_x, layer.down, None, into_held=is_last)
@@ -316,7 +326,7 @@ class Operations:
 
     @property
     def _block_m(self) -> int:
-        return triton.next_power_of_2(self._rows)
+        return 8 if self._rows <= 8 else 16
 
     def _project(
         self,
@@ -331,10 +341,9 @@ class Operations:
         has_bias: bool = False,
     ) -> None:
         tile = TILES[role]
-        blocks = sum(triton.cdiv(size, tile.outputs) for size in sizes)
-        linear.project[(blocks,)](
+        linear.project[(sum(sizes) // 16,)](
             x, norm, self.weights.eps, *weights, *biases, out, self._rows, x.shape[1], *sizes,
-            role == "qkv" if has_norm is None else has_norm, has_bias, self._block_m, tile.outputs,
+            role == "qkv" if has_norm is None else has_norm, has_bias, self._block_m, tile.warps,
             _step(tile, x.shape[1]), num_warps=tile.warps, **self._launch,
         )  # fmt: skip
 
@@ -346,9 +355,9 @@ class Operations:
             tile = TILES[role]
             x2, weight2 = extra or (x, weight)
             extra_inputs = 0 if extra is None else x2.shape[1]
-            linear.project_add[(triton.cdiv(len(weight), tile.outputs),)](
+            linear.project_add[(len(weight) // 16,)](
                 x, weight, x2, weight2, self.x, out, self.state.written, self._rows, x.shape[1], extra_inputs,
-                len(weight), into_held, self._block_m, tile.outputs, _step(tile, x.shape[1]), _step(tile, extra_inputs),
+                len(weight), into_held, self._block_m, tile.warps, _step(tile, x.shape[1]), _step(tile, extra_inputs),
                 num_warps=tile.warps, **self._launch,
             )  # fmt: skip
             return
@@ -372,7 +381,7 @@ class Operations:
 
     def _rms_norm(self, x: Tensor, norm: Tensor) -> None:
         block = triton.next_power_of_2(self._hidden)
-        linear.rms_norm[(self._rows,)](
+        elementwise.rms_norm[(self._rows,)](
             x, norm, self.weights.eps, self._normed, self._hidden, block, num_warps=8, **self._launch
         )
 

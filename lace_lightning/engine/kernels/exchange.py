@@ -156,7 +156,7 @@ def exchange_aligned(
     t = tl.load(time + b) - 1
     takes_part = tl.load(written + rows, mask=n < N, other=0) != 0
     cos, sin = _angles(n, t, time_cos, time_sin, thread_cos, thread_sin, N, D)
-    weight = tl.load(w_gate + r[None, :] * R + r[:, None])
+    weight = tl.load(w_gate + r[:, None] * R + r[None, :])
     bias = tl.load(b_gate + r).to(tl.float32)
     thread = tl.arange(0, BLOCK_N)
     writes = tl.load(written + b * N + thread, mask=thread < N, other=0) != 0
@@ -180,7 +180,7 @@ def exchange_aligned(
     acc = tl.dot(p.to(v.dtype), v, input_precision="ieee")
     read = tl.where(mass[:, None] > 0, acc / tl.where(mass > 0, mass, 1.0)[:, None], 0.0).to(q.dtype)
     read = tl.reshape(read, (BLOCK_N, R))
-    gate = tl.dot(read, weight, input_precision="ieee") + from_z + bias[None, :]
+    gate = tl.dot(read, tl.trans(weight), input_precision="ieee") + from_z + bias[None, :]
     value = tl.where(writes[:, None], read.to(tl.float32) / (1 + tl.exp(-gate)), 0.0)
     place = (b * N + thread)[:, None].to(tl.int64) * R + r[None, :]
     tl.store(out + place, value.to(out.dtype.element_ty), mask=(thread < N)[:, None])
@@ -199,21 +199,23 @@ def _gate(
     inside = (n < N)[:, None] & (r < R)[None, :]
     place = (rows[:, None].to(tl.int64) * HEADS + (r // D)[None, :]) * PARTS
     top = tl.full((BLOCK_N, BLOCK_R), float("-inf"), tl.float32)
-    for part in tl.static_range(PARTS):
-        top = tl.maximum(top, tl.load(part_m + place + part, mask=inside, other=float("-inf"), cache_modifier=".cg"))
-    top = tl.where(top == float("-inf"), 0.0, top)
     total = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     read = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    for part in tl.static_range(PARTS):
+    for part in range(PARTS):
         m = tl.load(part_m + place + part, mask=inside, other=float("-inf"), cache_modifier=".cg")
-        weight = tl.exp2(m - top)
-        total += weight * tl.load(part_l + place + part, mask=inside, other=0.0, cache_modifier=".cg")
+        mass = tl.load(part_l + place + part, mask=inside, other=0.0, cache_modifier=".cg")
         at = (place + part) * D + (r % D)[None, :]
-        read += weight * tl.load(part_acc + at, mask=inside, other=0.0, cache_modifier=".cg")
+        acc = tl.load(part_acc + at, mask=inside, other=0.0, cache_modifier=".cg")
+        top_new = tl.maximum(top, m)
+        base = tl.where(top_new == float("-inf"), 0.0, top_new)
+        shrink, weight = tl.exp2(top - base), tl.exp2(m - base)
+        total = total * shrink + weight * mass
+        read = read * shrink + weight * acc
+        top = top_new
     read = tl.where(total > 0, read / tl.where(total > 0, total, 1.0), 0.0).to(inputs.dtype.element_ty)
     # W_g's rows that see A_p: (r, r), and the gate's part of Z that the input projection has made.
-    weight = tl.load(w_gate + r[None, :] * R + r[:, None], mask=(r < R)[None, :] & (r < R)[:, None], other=0.0)
-    gate = tl.dot(read, weight, input_precision="ieee")
+    weight = tl.load(w_gate + r[:, None] * R + r[None, :], mask=(r < R)[:, None] & (r < R)[None, :], other=0.0)
+    gate = tl.dot(read, tl.trans(weight), input_precision="ieee")
     gate += tl.load(inputs + rows[:, None].to(tl.int64) * (4 * R) + 3 * R + r[None, :], mask=inside, other=0.0).to(
         tl.float32
     )

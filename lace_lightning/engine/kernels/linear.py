@@ -1,182 +1,189 @@
-"""Thin matrix products: a few rows times whole weight matrices, bound by reading the weights once.
+"""Thin matrix products: up to 16 rows times whole weight matrices, bound by reading the weights once.
 
-Each program owns BLOCK_O rows of a weight and asks for their first part before its input is ready, so the memory does not
-idle between kernels. Weights go from memory straight to registers; with so few rows, plain multiply-adds keep up with it.
+A program owns 16 rows of a weight, and its warps share out the inputs. Tensor cores sum over inputs in any order, as long as
+both operands agree on it: so a thread takes 16 contiguous bytes of a weight row straight from memory into the registers that
+the tensor core reads, without a detour through shared memory. The first step's weights are asked for before the previous
+kernel has ended, so memory does not idle between kernels.
 
-Letters: M rows of activations, K inputs, O outputs. Weights are (O, K), as in ``nn.Linear``.
+Written in Gluon, Triton's dialect with explicit layouts. Letters: M rows of activations, K inputs, O outputs, W warps.
+Weights are (O, K), as in ``nn.Linear``; K is a multiple of 8 W, O of 16.
 """
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lace_lightning.engine.kernels.launch import sync
+
+@gluon.jit
+def _indices(A: gl.constexpr, B: gl.constexpr, C: gl.constexpr, layout: gl.constexpr):
+    """Indices of the three dims of an (A, B, C) tensor, each broadcastable to it."""
+    a = gl.arange(0, A, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None][:, :, None]
+    b = gl.arange(0, B, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :][:, :, None]
+    c = gl.arange(0, C, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, :][:, None, :]
+    return a, b, c
 
 
-VECTOR: tl.constexpr = tl.constexpr(8)
-"""Inputs that a thread loads and multiplies at once: 16 bytes of bfloat16."""
-
-
-@triton.jit
-def _weight_place(first, K: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Output rows o (1, BLOCK_O, 1, 1) and inputs k (1, 1, BLOCK_K / 8, 8) of a program's first step."""
-    o = first + tl.arange(0, BLOCK_O)[None, :, None, None]
-    k = (tl.arange(0, BLOCK_K // VECTOR) * VECTOR)[None, None, :, None] + tl.arange(0, VECTOR)[None, None, None, :]
-    return o, k
-
-
-@triton.jit
-def _load_rows(x, norm, k, M, K: tl.constexpr, NORM: tl.constexpr, BLOCK_M: tl.constexpr):
-    """x (BLOCK_M, 1, BLOCK_K / 8, 8) in float32 at inputs k, and x * norm if NORM."""
-    m = tl.arange(0, BLOCK_M)[:, None, None, None]
-    rows = tl.load(x + m * K + k, mask=(m < M) & (k < K), other=0.0).to(tl.float32)
-    scaled = rows
-    if NORM:
-        scaled = rows * tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
-    return rows, scaled
-
-
-@triton.jit
-def _times_slab(
-    x, norm, w, first, O, M,
-    K: tl.constexpr, NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
-    WAIT: tl.constexpr,
+@gluon.jit
+def _load_weights(
+    w, first, start: gl.constexpr, K: gl.constexpr, W: gl.constexpr, STEP: gl.constexpr
 ):  # fmt: skip
-    """(BLOCK_M, BLOCK_O) = (x * norm) @ W[first : first + BLOCK_O]ᵀ, and the sums of x² (BLOCK_M, 1).
+    """(W, 16, STEP) of rows first …: each warp's inputs from ``start`` on in its own share."""
+    layout: gl.constexpr = gl.DotOperandLayout(
+        0, gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[W, 1, 1], instr_shape=[1, 16, 8]), 8
+    )
+    SHARE: gl.constexpr = K // W
+    warp, o, k = _indices(W, 16, STEP, layout)
+    place = w + first.to(gl.int64) * K + (o * K + warp * SHARE + (start + k))
+    if start + STEP <= SHARE:
+        return gl.load(place)
+    return gl.load(place, mask=(start + k + o * 0 + warp * 0) < SHARE, other=0.0)
 
-    The weights' first step is loaded before the previous kernel has ended (WAIT), each later one a step ahead.
-    """
-    o, k = _weight_place(first, K, BLOCK_O, BLOCK_K)
-    place = w + o.to(tl.int64) * K + k
-    ahead = tl.load(place, mask=(o < O) & (k < K), other=0.0, eviction_policy="evict_first")
+
+@gluon.jit
+def _load_rows(
+    x, norm, M, start: gl.constexpr, K: gl.constexpr, NORM: gl.constexpr, BLOCK_M: gl.constexpr, W: gl.constexpr,
+    STEP: gl.constexpr,
+):  # fmt: skip
+    """(W, STEP, BLOCK_M) of x [* norm] in its own dtype, and the sums of x² (W, BLOCK_M) in float32."""
+    layout: gl.constexpr = gl.DotOperandLayout(
+        1, gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[W, 1, 1], instr_shape=[1, 16, 8]), 8
+    )
+    SHARE: gl.constexpr = K // W
+    warp, k, m = _indices(W, STEP, BLOCK_M, layout)
+    inside = (m + (start + k) * 0 + warp * 0 < M) & (start + k + m * 0 + warp * 0 < SHARE)
+    place = warp * SHARE + (start + k) + m * 0
+    rows = gl.load(x + place + m * K, mask=inside, other=0.0)
+    wide = rows.to(gl.float32)
+    squares = gl.sum(wide * wide, axis=1)
+    if NORM:
+        scale = gl.load(norm + place, mask=inside, other=0.0).to(gl.float32)
+        rows = (wide * scale).to(rows.dtype)
+    return rows, squares
+
+
+@gluon.jit
+def _times_slab(
+    x, norm, w, first, M, K: gl.constexpr, NORM: gl.constexpr, BLOCK_M: gl.constexpr, W: gl.constexpr,
+    STEP: gl.constexpr, WAIT: gl.constexpr,
+):  # fmt: skip
+    """(16, BLOCK_M) = W[first : first + 16] @ (x * norm)ᵀ, and the sums of x² (1, BLOCK_M), over all K."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[W, 1, 1], instr_shape=[1, 16, 8])
+    weight = _load_weights(w, first, 0, K, W, STEP)
     if WAIT:
         gdc_wait()
-    acc = tl.zeros((BLOCK_M, BLOCK_O, BLOCK_K // VECTOR), tl.float32)
-    squares = tl.zeros((BLOCK_M, 1, BLOCK_K // VECTOR), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        weight = ahead.to(tl.float32)
-        following = start + BLOCK_K + k
-        ahead = tl.load(
-            place + start + BLOCK_K, mask=(o < O) & (following < K), other=0.0, eviction_policy="evict_first"
-        )
-        rows, scaled = _load_rows(x, norm, start + k, M, K, NORM, BLOCK_M)
-        if NORM:
-            squares += tl.sum(rows * rows, axis=3)
-        acc += tl.sum(weight * scaled, axis=3)
-    return tl.sum(acc, axis=2), tl.sum(squares, axis=2)
+    acc = gl.zeros((W, 16, BLOCK_M), gl.float32, mma)
+    squares = gl.zeros((W, BLOCK_M), gl.float32, gl.SliceLayout(1, gl.DotOperandLayout(1, mma, 8)))
+    for start in gl.static_range(0, K // W, STEP):
+        if start + STEP < K // W:
+            ahead = _load_weights(w, first, start + STEP, K, W, STEP)
+        rows, more = _load_rows(x, norm, M, start, K, NORM, BLOCK_M, W, STEP)
+        squares += more
+        acc = mma_v2(weight, rows, acc)
+        if start + STEP < K // W:
+            weight = ahead
+    return gl.sum(acc, axis=0), _total(squares, mma)
 
 
-@triton.jit
+@gluon.jit
+def _total(squares, mma: gl.constexpr):
+    """Sums over warps, (1, BLOCK_M) in the layout of a summed product."""
+    return gl.convert_layout(gl.sum(squares, axis=0), gl.SliceLayout(0, gl.SliceLayout(0, mma)))[None, :]
+
+
+@gluon.jit
+def _outputs(first, BLOCK_M: gl.constexpr, W: gl.constexpr):
+    """Output indices o (16, 1) and row indices m (1, BLOCK_M) of a summed product."""
+    layout: gl.constexpr = gl.SliceLayout(
+        0, gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[W, 1, 1], instr_shape=[1, 16, 8])
+    )
+    o = first + gl.arange(0, 16, gl.SliceLayout(1, layout))[:, None]
+    return o, gl.arange(0, BLOCK_M, gl.SliceLayout(0, layout))[None, :]
+
+
+@gluon.jit
 def project(
     x, norm, eps, w0, w1, w2, b0, b1, b2, out, M,
-    K: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr, O2: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    K: gl.constexpr, O0: gl.constexpr, O1: gl.constexpr, O2: gl.constexpr, NORM: gl.constexpr, BIAS: gl.constexpr,
+    BLOCK_M: gl.constexpr, W: gl.constexpr, STEP: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """out (M, O0 + O1 + O2) = [RMSNorm] x @ [w0; w1; w2]ᵀ [+ bias]: up to three weights that share their input.
 
     The norm's division comes after the product: a row's scale needs all of the row, the product need not wait for it.
     """
-    block = tl.program_id(0)
-    w, b, first, size, offset = w0, b0, block * BLOCK_O, block * 0 + O0, block * 0
-    blocks_0: tl.constexpr = (O0 + BLOCK_O - 1) // BLOCK_O
+    block = gl.program_id(0)
+    w, b, first, offset = w0, b0, block * 16, block * 0
     if O1 > 0:
-        blocks_1: tl.constexpr = (O1 + BLOCK_O - 1) // BLOCK_O
-        if block >= blocks_0:
-            w, b, first, size, offset = w1, b1, (block - blocks_0) * BLOCK_O, block * 0 + O1, block * 0 + O0
-        if block >= blocks_0 + blocks_1:
-            w, b = w2, b2
-            first, size, offset = (block - blocks_0 - blocks_1) * BLOCK_O, block * 0 + O2, block * 0 + O0 + O1
-    acc, squares = _times_slab(x, norm, w, first, size, M, K, NORM, BLOCK_M, BLOCK_O, BLOCK_K, PDL)
+        if block >= O0 // 16:
+            w, b, first, offset = w1, b1, block * 16 - O0, block * 0 + O0
+        if block >= (O0 + O1) // 16:
+            w, b, first, offset = w2, b2, block * 16 - O0 - O1, block * 0 + O0 + O1
+    acc, squares = _times_slab(x, norm, w, first, M, K, NORM, BLOCK_M, W, STEP, PDL)
     if PDL:
         gdc_launch_dependents()
     if NORM:
-        acc *= tl.rsqrt(squares / K + eps)
-    o, m = first + tl.arange(0, BLOCK_O)[None, :], tl.arange(0, BLOCK_M)[:, None]
+        acc = acc * gl.rsqrt(squares / K + eps)
+    o, m = _outputs(first, BLOCK_M, W)
     if BIAS:
-        acc += tl.load(b + o, mask=o < size, other=0.0).to(tl.float32)
+        acc += gl.load(b + o).to(gl.float32)
     place = out + m * (O0 + O1 + O2) + offset + o
-    tl.store(place, acc.to(out.dtype.element_ty), mask=(o < size) & (m < M))
+    gl.store(place, acc.to(out.dtype.element_ty), mask=m + o * 0 < M)
 
 
-@triton.jit
+@gluon.jit
 def project_add(
     x, w, x2, w2, residual, out, written, M,
-    K: tl.constexpr, K2: tl.constexpr, O: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_K2: tl.constexpr, PDL: tl.constexpr,
+    K: gl.constexpr, K2: gl.constexpr, O: gl.constexpr, MASKED: gl.constexpr,
+    BLOCK_M: gl.constexpr, W: gl.constexpr, STEP: gl.constexpr, STEP2: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """out (M, O) = residual + x @ wᵀ [+ x2 @ w2ᵀ]; MASKED leaves rows alone that are not ``written``."""
-    first = tl.program_id(0) * BLOCK_O
-    acc, _ = _times_slab(x, x, w, first, O, M, K, False, BLOCK_M, BLOCK_O, BLOCK_K, PDL)
+    first = gl.program_id(0) * 16
+    acc, _ = _times_slab(x, x, w, first, M, K, False, BLOCK_M, W, STEP, PDL)
     if K2 > 0:
-        more, _ = _times_slab(x2, x2, w2, first, O, M, K2, False, BLOCK_M, BLOCK_O, BLOCK_K2, False)
+        more, _ = _times_slab(x2, x2, w2, first, M, K2, False, BLOCK_M, W, STEP2, False)
         acc += more
     if PDL:
         gdc_launch_dependents()
-    o, m = first + tl.arange(0, BLOCK_O)[None, :], tl.arange(0, BLOCK_M)[:, None]
-    inside = (o < O) & (m < M)
-    acc += tl.load(residual + m * O + o, mask=inside, other=0.0).to(tl.float32)
+    o, m = _outputs(first, BLOCK_M, W)
+    inside = m + o * 0 < M
+    acc += gl.load(residual + m * O + o, mask=inside, other=0.0).to(gl.float32)
     if MASKED:
-        inside = inside & (tl.load(written + m, mask=m < M, other=0) != 0)
-    tl.store(out + m * O + o, acc.to(out.dtype.element_ty), mask=inside)
+        inside = inside & (gl.load(written + m + o * 0, mask=inside, other=0) != 0)
+    gl.store(out + m * O + o, acc.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@gluon.jit
 def project_gated(
     x, norm, eps, w_gate, w_up, out, M,
-    K: tl.constexpr, O: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    K: gl.constexpr, O: gl.constexpr,
+    BLOCK_M: gl.constexpr, W: gl.constexpr, STEP: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """out (M, O) = silu(h @ w_gateᵀ) * (h @ w_upᵀ) with h = RMSNorm(x): the first half of the MLP."""
-    first = tl.program_id(0) * BLOCK_O
-    o, k = _weight_place(first, K, BLOCK_O, BLOCK_K)
-    place = o.to(tl.int64) * K + k
-    inside = (o < O) & (k < K)
-    ahead_gate = tl.load(w_gate + place, mask=inside, other=0.0, eviction_policy="evict_first")
-    ahead_up = tl.load(w_up + place, mask=inside, other=0.0, eviction_policy="evict_first")
+    first = gl.program_id(0) * 16
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[W, 1, 1], instr_shape=[1, 16, 8])
+    weight_gate = _load_weights(w_gate, first, 0, K, W, STEP)
+    weight_up = _load_weights(w_up, first, 0, K, W, STEP)
     if PDL:
         gdc_wait()
-    gate = tl.zeros((BLOCK_M, BLOCK_O, BLOCK_K // VECTOR), tl.float32)
-    up = tl.zeros((BLOCK_M, BLOCK_O, BLOCK_K // VECTOR), tl.float32)
-    squares = tl.zeros((BLOCK_M, 1, BLOCK_K // VECTOR), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        weight_gate, weight_up = ahead_gate.to(tl.float32), ahead_up.to(tl.float32)
-        following = place + start + BLOCK_K
-        inside = (o < O) & (start + BLOCK_K + k < K)
-        ahead_gate = tl.load(w_gate + following, mask=inside, other=0.0, eviction_policy="evict_first")
-        ahead_up = tl.load(w_up + following, mask=inside, other=0.0, eviction_policy="evict_first")
-        rows, scaled = _load_rows(x, norm, start + k, M, K, True, BLOCK_M)
-        squares += tl.sum(rows * rows, axis=3)
-        gate += tl.sum(weight_gate * scaled, axis=3)
-        up += tl.sum(weight_up * scaled, axis=3)
+    gate = gl.zeros((W, 16, BLOCK_M), gl.float32, mma)
+    up = gl.zeros((W, 16, BLOCK_M), gl.float32, mma)
+    squares = gl.zeros((W, BLOCK_M), gl.float32, gl.SliceLayout(1, gl.DotOperandLayout(1, mma, 8)))
+    for start in gl.static_range(0, K // W, STEP):
+        if start + STEP < K // W:
+            ahead_gate = _load_weights(w_gate, first, start + STEP, K, W, STEP)
+            ahead_up = _load_weights(w_up, first, start + STEP, K, W, STEP)
+        rows, more = _load_rows(x, norm, M, start, K, True, BLOCK_M, W, STEP)
+        squares += more
+        gate = mma_v2(weight_gate, rows, gate)
+        up = mma_v2(weight_up, rows, up)
+        if start + STEP < K // W:
+            weight_gate, weight_up = ahead_gate, ahead_up
     if PDL:
         gdc_launch_dependents()
-    inverse = tl.rsqrt(tl.sum(squares, axis=2) / K + eps)
-    g, u = tl.sum(gate, axis=2) * inverse, tl.sum(up, axis=2) * inverse
-    o, m = first + tl.arange(0, BLOCK_O)[None, :], tl.arange(0, BLOCK_M)[:, None]
-    value = g / (1 + tl.exp(-g)) * u
-    tl.store(out + m * O + o, value.to(out.dtype.element_ty), mask=(o < O) & (m < M))
-
-
-@triton.jit
-def rms_norm(x, norm, eps, out, D: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
-    """out (M, D) = RMSNorm(x); one program per row."""
-    sync(PDL)
-    d = tl.arange(0, BLOCK_D)
-    row = tl.program_id(0).to(tl.int64) * D
-    value = tl.load(x + row + d, mask=d < D, other=0.0).to(tl.float32)
-    value *= tl.rsqrt(tl.sum(value * value, axis=0) / D + eps)
-    value *= tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)
-    tl.store(out + row + d, value.to(out.dtype.element_ty), mask=d < D)
-
-
-@triton.jit
-def silu_mul(gate_up, out, I: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """out (M, I) = silu(gate_up[:, :I]) * gate_up[:, I:]."""
-    sync(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(gate_up + row * 2 * I + i, mask=i < I, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * I + I + i, mask=i < I, other=0.0).to(tl.float32)
-    tl.store(out + row * I + i, (gate / (1 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=i < I)
+    inverse = gl.rsqrt(_total(squares, mma) / K + eps)
+    g, u = gl.sum(gate, axis=0) * inverse, gl.sum(up, axis=0) * inverse
+    o, m = _outputs(first, BLOCK_M, W)
+    value = g / (1 + gl.exp(-g)) * u
+    gl.store(out + m * O + o, value.to(out.dtype.element_ty), mask=m + o * 0 < M)
