@@ -16,8 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lace_lightning.exchange.base import Exchange, Geometry, Site
-from lace_lightning.lattice import Lattice
+from lace_lightning.exchange.base import Geometry
 
 INNER = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 PREFIX = "lace_"
@@ -120,18 +119,12 @@ class _LayerHook:
         self._layer_idx = layer_idx
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        lattice: Any = kwargs.get("lattice")
-        exchange = None if lattice is None else _exchange_at("layer", self._layer_idx, lattice)
-        if exchange is None:
+        lattice = kwargs.get("lattice")
+        here = None if lattice is None else lattice.at("layer", self._layer_idx)
+        if here is None:
             return output
-        hidden = output[0] if isinstance(output, tuple) else output
-        hidden = lattice.apply(exchange, self._layer_idx, hidden)
+        hidden = here.apply(output[0] if isinstance(output, tuple) else output)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-
-def _exchange_at(site: Site, layer_idx: int, lattice: Lattice) -> Exchange | None:
-    exchange = lattice.exchanges.get(layer_idx)
-    return exchange if exchange is not None and exchange.site == site else None
 
 
 def _threaded_attention(inner: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -149,9 +142,9 @@ def _threaded_attention(inner: str) -> Callable[..., tuple[Tensor, Tensor | None
         )
         out, weights = attend(module, query, key, value, attention_mask, **kwargs)  # (rows, columns, heads, head_dim)
         # A vision tower of the same model has no layer index, and no lattice either.
-        exchange = None if lattice is None else _exchange_at("attention", module.layer_idx, lattice)
-        if exchange is not None:
-            out = lattice.apply(exchange, module.layer_idx, out.flatten(2)).view_as(out)
+        here = None if lattice is None else lattice.at("attention", module.layer_idx)
+        if here is not None:
+            out = here.apply(out.flatten(2)).view_as(out)
         return out, weights
 
     return attention
