@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lace_lightning.exchange.flash import INSTALLED, flash, plan, refusal
+from lace_lightning.exchange.flash import flash, installed, plan, refusal
 from lace_lightning.lattice import LatticeMask
 
 Backend = Literal["auto", "eager", "sdpa", "flex", "flash"]
@@ -175,8 +175,8 @@ def _fastest(mask: LatticeMask, dtype: torch.dtype, dim: int) -> tuple[str, str]
         return "sdpa", "not on CUDA"
     if mask.topology.scope == "aligned" or mask.num_queries < MIN_BLOCKED:
         return "sdpa", "few positions"
-    if refusal(mask, dtype, dim) is None and (INSTALLED != "torch" or dim < MIN_FLEX_WIDTH):
-        return "flash", f"many positions, by the kernel {INSTALLED}"
+    if refusal(mask, dtype, dim) is None and (installed() != "torch" or dim < MIN_FLEX_WIDTH):
+        return "flash", f"many positions, by the kernel {installed()}"
     if dim >= MIN_FLEX_WIDTH:
         return "flex", "many positions"
     return "sdpa", f"heads narrower than {MIN_FLEX_WIDTH}"

@@ -78,6 +78,11 @@ def plan(mask: LatticeMask) -> tuple[str, Tensor | None]:
     return mask.made["flash"]
 
 
+def installed() -> str:
+    """Name of the kernel in use."""
+    return INSTALLED
+
+
 def refusal(mask: LatticeMask, dtype: torch.dtype, dim: int) -> str | None:
     """Why this attention cannot be computed here; None if it can."""
     if mask.topology.scope == "aligned":
