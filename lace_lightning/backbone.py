@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,8 +19,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lace_lightning.exchange.base import Geometry
 
-INNER = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+INNER = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 PREFIX = "lace_"
+FLASH = "flash_attention_"
 SOFTMAX_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -105,7 +107,7 @@ def connect(backbone: PreTrainedModel) -> None:
     if not inner.startswith(PREFIX):
         if inner not in INNER:
             raise BackboneError(f"attn_implementation={inner!r} cannot be wrapped: load the model with one of {INNER}")
-        base.set_attn_implementation(PREFIX + inner)
+        base.set_attn_implementation(_registered(inner))
     for layer_idx, layer in enumerate(decoder.layers):
         # A backbone may serve several models (isolated and exchanging ones): a second hook would read twice.
         if not any(isinstance(hook, _LayerHook) for hook in layer._forward_hooks.values()):
@@ -127,6 +129,21 @@ class _LayerHook:
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
+def _registered(inner: str) -> str:
+    """Our name for an implementation; without "flash" in it, which transformers would take for a package to load."""
+    return PREFIX + inner.replace(FLASH, "fa")
+
+
+class _Posing:
+    """An attention module whose config names the implementation it runs: FlashAttention is looked up by that name."""
+
+    def __init__(self, module: Any, inner: str) -> None:
+        self._module, self.config = module, SimpleNamespace(_attn_implementation=inner)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
 def _threaded_attention(inner: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The attention implementation ``inner`` followed by the layer's exchange."""
 
@@ -140,7 +157,8 @@ def _threaded_attention(inner: str) -> Callable[..., tuple[Tensor, Tensor | None
             if inner == "eager"
             else ALL_ATTENTION_FUNCTIONS[inner]
         )
-        out, weights = attend(module, query, key, value, attention_mask, **kwargs)  # (rows, columns, heads, head_dim)
+        posing = _Posing(module, inner) if inner.startswith(FLASH) else module
+        out, weights = attend(posing, query, key, value, attention_mask, **kwargs)  # (rows, columns, heads, head_dim)
         # A vision tower of the same model has no layer index, and no lattice either.
         here = None if lattice is None else lattice.at("attention", module.layer_idx)
         if here is not None:
@@ -182,5 +200,5 @@ def token_positions(attention_mask: Tensor) -> Tensor:
 
 
 for _inner in INNER:
-    AttentionInterface.register(PREFIX + _inner, _threaded_attention(_inner))
-    AttentionMaskInterface.register(PREFIX + _inner, _threaded_mask(_inner))
+    AttentionInterface.register(_registered(_inner), _threaded_attention(_inner))
+    AttentionMaskInterface.register(_registered(_inner), _threaded_mask(_inner))
