@@ -95,7 +95,7 @@ EXCHANGES: dict[str, ExchangeConfig] = {
     "same-step": SameStepConfig(**_SMALL),
     "same-step-others": SameStepConfig(**_SMALL, own="exclude"),
 }
-BACKENDS = ("eager", "sdpa", "flex", "flash")
+BACKENDS = ("eager", "sdpa", "pointwise", "flex", "flash")
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ class Case:
 
 
 _ON = {
+    "pointwise": ("aligned", "aligned-others", "aligned-on-prompt"),  # what it is for
     "flex": ("causal", "aligned-others", "window-others", "on-prompt"),  # slow on CPUs, and tested by itself for all
     "flash": ("causal", "causal-others", "causal-own", "window-others", "on-prompt"),  # leaves aligned to others
 }

@@ -9,8 +9,8 @@ from torch import Tensor
 from lace_lightning.compiled_layers import compile_layers
 from lace_lightning.decoding import GroupDecoder, Sampling
 from lace_lightning.decoding.random import uniform
-from lace_lightning.exchange import LatticeAttentionConfig, backends, flash
-from lace_lightning.lattice import LatticeCache, LatticeMask, Topology
+from lace_lightning.exchange import Geometry, LatticeAttentionConfig, backends, flash
+from lace_lightning.lattice import Lattice, LatticeCache, LatticeMask, Topology
 from lace_lightning.linear_cross_entropy import linear_cross_entropy
 from lace_lightning.threaded_lm import ThreadedLM
 from tests.helpers import EXCHANGES, Tokens, influence, ragged_groups, random_ids, tiny_backbone, wake
@@ -64,7 +64,7 @@ def compare(config: LatticeAttentionConfig, dtype: torch.dtype, columns: int = 7
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("backend", ["eager", "sdpa", "flex"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "pointwise", "flex"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_backends_equal_float64_in_values_and_gradients(config, backend, dtype):
     compare(replace(config, backend=backend), dtype)
@@ -107,6 +107,24 @@ def test_flash_reads_all_visible_lattices_without_a_wider_head(kernel):
 @pytest.mark.parametrize("heads", [2, 4, 8], ids=lambda heads: f"head-width-{32 // heads}")
 def test_auto_runs_long_lattices_whatever_the_head_width(heads):
     compare(LatticeAttentionConfig(width=32, heads=heads), torch.float32, columns=300)
+
+
+@pytest.mark.parametrize(
+    "topology, columns, name",
+    [
+        (Topology("aligned"), 2048, "pointwise"),
+        (Topology("aligned"), 8, "sdpa"),
+        (Topology(), 8, "sdpa"),
+        (Topology(), 2048, "flash" if flash.INSTALLED == "flash-attn-4" else "flex"),
+    ],
+)
+def test_auto_takes_the_fastest(topology, columns, name):
+    model = LatticeAttentionConfig(scope=topology.scope).build(Geometry(64, 64, torch.bfloat16, torch.device("cuda")))
+    lattice = Lattice({0: model}, torch.ones(2, 4, columns, dtype=torch.bool, device="cuda"))
+    mask = lattice.mask(topology)
+    assert backends.choose("auto", mask, torch.bfloat16, 32) is backends.BACKENDS[name]
+    model.prepare(lattice)
+    assert mask.made or mask._dense is not None
 
 
 def test_flex_stays_compiled_over_many_lengths():

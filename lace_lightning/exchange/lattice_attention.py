@@ -29,7 +29,7 @@ class LatticeAttentionConfig(ExchangeConfig):
         thread_dims: d_n, how many turn with the thread index; None: the other half.
         rotary_base: base of both rotary embeddings.
         gate_bias: start value of b_g; 0 opens every gate half.
-        backend: attention backend: ``auto``, ``eager``, ``sdpa``, ``flex`` or ``flash``.
+        backend: attention backend: ``auto``, ``eager``, ``sdpa``, ``pointwise``, ``flex`` or ``flash``.
 
     Raises:
         ValueError: settings that do not fit together; the message names them.
