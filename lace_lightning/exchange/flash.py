@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -117,7 +118,7 @@ def thread_attention(
     Returns:
         (B, N, L, h, d), zero where nothing may be read, and log-sum-exp (B, N, L, h) float32.
     """
-    pairs = _Pairs(q.shape[1], own, q.device)
+    pairs = _pairs(q.shape[1], own, q.device)
     wide_q, wide_k, wide_v = _widened(q, k, v, visible)
     out, lse = KERNELS[kernel].forward(
         pairs.queries(wide_q), wide_k.flatten(0, 1), wide_v.flatten(0, 1), q.shape[-1] ** -0.5, window
@@ -143,7 +144,7 @@ def _thread_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each (B, N, L, h, d)."""
     batch, threads, _, _, dim = q.shape
-    pairs = _Pairs(threads, own, q.device)
+    pairs = _pairs(threads, own, q.device)
     wide_q, wide_k, wide_v = _widened(q, k, v, visible)
     grad = grad.masked_fill((lse < HIDDEN / 2)[..., None], 0.0)
     wide_grad, wide_out = (F.pad(x, (0, wide_q.shape[-1] - dim)) for x in (grad, out))
@@ -190,6 +191,10 @@ class _Pairs:
         x = x.unflatten(0, (batch, threads)).unflatten(3, (-1, readers)).permute(0, 1, 4, 2, 3, 5)
         x = x.flatten(1, 2).index_select(1, self._order).unflatten(1, self._shape)
         return x if x.dtype == torch.float64 else x.float()
+
+
+# Made once: copying so much as a list to a GPU waits for all that runs there.
+_pairs = cache(_Pairs)
 
 
 def _widened(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
