@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lace_lightning.exchange.base import Exchange
+    from lace_lightning.exchange.base import Exchange, Site
 
 Scope = Literal["causal", "aligned", "window"]
 Own = Literal["include", "exclude", "only"]
@@ -72,6 +72,7 @@ class LatticeMask:
         key_visible: (B, K) bool, time-major; K = N * number of key columns.
         first_query: time-major index, among the keys, of the first query (N * earlier columns in decoding, else 0).
         num_queries: Q.
+        made: what backends made of this mask, for all layers that share it.
     """
 
     topology: Topology
@@ -79,6 +80,7 @@ class LatticeMask:
     key_visible: Tensor
     first_query: int
     num_queries: int
+    made: dict[str, Any] = field(default_factory=dict, init=False)
     _dense: Tensor | None = field(default=None, init=False)
     _reads_anything: Tensor | None = field(default=None, init=False)
 
@@ -189,6 +191,11 @@ class Lattice:
             self._masks[topology] = mask
         return self._masks[topology]
 
+    def at(self, site: Site, layer_idx: int) -> LayerLattice | None:
+        """What the exchange of one layer needs, if it has one at this site."""
+        exchange = self.exchanges.get(layer_idx)
+        return LayerLattice(self, exchange, layer_idx) if exchange is not None and exchange.site == site else None
+
     def apply(self, exchange: Exchange, layer_idx: int, hidden: Tensor) -> Tensor:
         """Add what the exchange says to the participating positions of ``hidden`` (B*N, skip + L, D)."""
         batch, num_threads, columns = self.visible.shape
@@ -196,5 +203,26 @@ class Lattice:
         visible = self.visible[..., None]
         # What invisible positions computed may be anything, also not finite: a zero weight would not keep it out.
         read = exchange(rows.masked_fill(~visible, 0.0), self, layer_idx)
-        rows = torch.where(visible, rows + read, rows).reshape(batch * num_threads, columns, hidden.shape[-1])
+        rows = (rows + read.masked_fill(~visible, 0.0)).reshape(batch * num_threads, columns, hidden.shape[-1])
         return rows if self.skip == 0 else torch.cat([hidden[:, : self.skip], rows], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerLattice:
+    """The lattice of a pass with the exchange of one layer.
+
+    Compiled layers get this as their keyword ``lattice``: looking the exchange up by layer index inside compiled code
+    would compile every layer anew.
+    """
+
+    lattice: Lattice
+    exchange: Exchange
+    layer_idx: int
+
+    def at(self, site: Site, layer_idx: int) -> LayerLattice | None:
+        """This, if the exchange acts at this site."""
+        return self if self.exchange.site == site else None
+
+    def apply(self, hidden: Tensor) -> Tensor:
+        """As :meth:`Lattice.apply`."""
+        return self.lattice.apply(self.exchange, self.layer_idx, hidden)

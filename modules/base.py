@@ -10,6 +10,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -211,7 +212,9 @@ class ThreadedModule(LightningModule):
         return self.trainer.estimated_stepping_batches
 
     def configure_optimizers(self) -> Any:
-        optimizer, scheduler = self.optimizer_spec.build(self.parameters(), self.num_optimizer_steps)
+        # A pass over all weights at the speed of memory. Lightning refuses to clip gradients beside it under autocast.
+        fused = self.device.type == "cuda" and not isinstance(self.trainer.precision_plugin, MixedPrecision)
+        optimizer, scheduler = self.optimizer_spec.build(self.parameters(), self.num_optimizer_steps, fused or None)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def check_finite(self, loss: Tensor) -> None:

@@ -40,14 +40,16 @@ class OptimizerSpec:
                 f"warmup_steps={self.warmup_steps} must not be negative"
             )
 
-    def build(self, parameters: Iterable[nn.Parameter], total_steps: float) -> tuple[AdamW, LambdaLR]:
-        """Optimizer and scheduler for the parameters that learn."""
+    def build(
+        self, parameters: Iterable[nn.Parameter], total_steps: float, fused: bool | None = None
+    ) -> tuple[AdamW, LambdaLR]:
+        """Optimizer and scheduler for the parameters that learn; ``fused`` is AdamW's."""
         learning = [p for p in parameters if p.requires_grad]
         groups = [
             {"params": [p for p in learning if p.dim() >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in learning if p.dim() < 2], "weight_decay": 0.0},
         ]
-        optimizer = AdamW([g for g in groups if g["params"]], lr=self.lr, betas=self.betas)
+        optimizer = AdamW([g for g in groups if g["params"]], lr=self.lr, betas=self.betas, fused=fused)
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
 
     def factor(self, step: int, total_steps: float) -> float:

@@ -67,3 +67,16 @@ def test_matrices_decay_and_vectors_do_not() -> None:
 def test_bad_options_are_named(options: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         OptimizerSpec(**options)
+
+
+def test_a_fused_optimizer_takes_the_same_steps():
+    start, updated = torch.randn(4, 3), []
+    for fused in (None, True):
+        weight = nn.Parameter(start.clone())
+        optimizer, _ = OptimizerSpec(lr=0.1).build([weight], math.inf, fused)
+        for step in range(3):
+            weight.grad = start * (step - 1.5)
+            optimizer.step()
+        updated.append(weight.detach())
+    assert optimizer.defaults["fused"]
+    torch.testing.assert_close(*updated)

@@ -29,7 +29,7 @@ class LatticeAttentionConfig(ExchangeConfig):
         thread_dims: d_n, how many turn with the thread index; None: the other half.
         rotary_base: base of both rotary embeddings.
         gate_bias: start value of b_g; 0 opens every gate half.
-        backend: attention backend: ``auto``, ``eager``, ``sdpa`` or ``flex``.
+        backend: attention backend: ``auto``, ``eager``, ``sdpa``, ``pointwise``, ``flex`` or ``flash``.
 
     Raises:
         ValueError: settings that do not fit together; the message names them.
@@ -108,11 +108,17 @@ class LatticeAttention(Exchange):
         mask = lattice.mask(self.config.topology)
         if lattice.cache is not None and self.config.scope != "aligned":
             k, v = lattice.cache.append(layer_idx, k, v)
-        read = self._to_lattice(choose(self.config.backend, q, mask)(q, k, v, mask), lattice)
+        backend = choose(self.config.backend, mask, q.dtype, self.config.dim)
+        read = self._to_lattice(backend.attend(q, k, v, mask), lattice)
         gate = torch.sigmoid(self.gate(torch.cat([z, read], dim=-1)))
         if lattice.readings is not None:
             lattice.readings.append(_reading(layer_idx, gate, attention_weights(q, k, mask), mask, lattice))
         return self.up(gate * read)
+
+    def prepare(self, lattice: Lattice) -> None:
+        mask, device = lattice.mask(self.config.topology), lattice.visible.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.qkv.weight.dtype
+        choose(self.config.backend, mask, dtype, self.config.dim).prepare(mask)
 
     def _project(self, z: Tensor, lattice: Lattice) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B', h, positions, d), time-major; ``aligned`` folds columns into B'."""

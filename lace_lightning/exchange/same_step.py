@@ -63,5 +63,5 @@ class SameStepExchange(Exchange):
         qkv = qkv.transpose(1, 2).reshape(batch * columns, num_threads, 3, heads, dim)
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # each (B*L, h, N, d)
         mask = lattice.mask(Topology("aligned", self.config.own))
-        read = choose("auto", q, mask)(q, k, v, mask).transpose(1, 2)
+        read = choose("auto", mask, q.dtype, dim).attend(q, k, v, mask).transpose(1, 2)
         return self.up(read.reshape(batch, columns, num_threads, -1).transpose(1, 2))
