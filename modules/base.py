@@ -203,7 +203,11 @@ class ThreadedModule(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed dropout by its place in the run: a resumed run draws what it would have."""
         place = (self.trainer.current_epoch, batch_idx, self.trainer.global_rank)
-        torch.manual_seed(group_seed("dropout", self._seed, *place))
+        seed = group_seed("dropout", self._seed, *place)
+        # torch.manual_seed would note down, with a traceback, to seed each kind of device that has not started yet.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     @property
     def num_optimizer_steps(self) -> float:
