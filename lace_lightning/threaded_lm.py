@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from lace_lightning import packing
 from lace_lightning.backbone import (
     BackboneError,
     causal_lm,
@@ -20,6 +21,7 @@ from lace_lightning.backbone import (
     decoder_of,
     default_layers,
     geometry_of,
+    takes_packed_rows,
     text_config,
     token_positions,
 )
@@ -129,7 +131,7 @@ class ThreadedLM(nn.Module):
         Returns:
             (B, N, L) float32; 0 where not scored.
         """
-        hidden = self._hidden(input_ids, attention_mask, self.lattice(attention_mask, prompt_length))
+        hidden = self._hidden_to_score(input_ids, attention_mask, prompt_length)
         previous = previous_token(attention_mask)
         scored = targets & (previous >= 0)
         b, n, c = scored.nonzero(as_tuple=True)
@@ -157,24 +159,41 @@ class ThreadedLM(nn.Module):
         Args:
             input_ids: (rows, L_new) the columns of this pass.
             attention_mask: (rows, L) bool over all columns so far, earlier ones included. Positions count real tokens.
+                If the lattice says that the rows are packed: of a row per thread.
             lattice: the lattice of this pass; None runs the bare backbone.
-            kwargs: the cache, for decoding.
+            kwargs: the cache, for decoding; the positions, of packed rows.
 
         Returns:
             (rows, L_new, D) hidden states.
         """
+        if "position_ids" not in kwargs:
+            kwargs["position_ids"] = token_positions(attention_mask)[:, -input_ids.shape[1] :]
         return decoder_of(self.backbone)(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=token_positions(attention_mask)[:, -input_ids.shape[1] :],
-            lattice=lattice,
-            **{"use_cache": False, **kwargs},
+            input_ids=input_ids, attention_mask=attention_mask, lattice=lattice, **{"use_cache": False, **kwargs}
         ).last_hidden_state
 
     def _hidden(self, input_ids: Tensor, attention_mask: Tensor, lattice: Lattice) -> Tensor:
         """(B, N, L, D) output of the decoder."""
         rows = self.run(input_ids.flatten(0, 1), attention_mask.flatten(0, 1), lattice)
         return rows.view(*input_ids.shape, -1)
+
+    def _hidden_to_score(self, input_ids: Tensor, attention_mask: Tensor, prompt_length: int) -> Tensor:
+        """(B, N, L - 1, D) output of the decoder: what any token of (B, N, L) may be predicted from.
+
+        Nothing is predicted from the last column, and nothing flows back from it. The prompt that the threads of a
+        group share is computed once where that pays.
+        """
+        columns = max(1, input_ids.shape[-1] - 1)
+        input_ids, attention_mask = input_ids[..., :columns], attention_mask[..., :columns]
+        prompt_length = min(prompt_length, columns)
+        lattice = self.lattice(attention_mask, prompt_length)
+        can_pack = lattice.skip == prompt_length and takes_packed_rows(self.backbone)
+        if not (can_pack and packing.pays(input_ids, attention_mask, prompt_length)):
+            return self._hidden(input_ids, attention_mask, lattice)
+        lattice.is_packed = True
+        ids, positions = (packing.pack(x, prompt_length) for x in (input_ids, token_positions(attention_mask)))
+        rows = self.run(ids, attention_mask.flatten(0, 1), lattice, position_ids=positions)
+        return packing.unpack(rows, lattice.num_threads, prompt_length)
 
     def lattice(self, attention_mask: Tensor, prompt_length: int = 0, cache: LatticeCache | None = None) -> Lattice:
         """The lattice of a pass from the first column on; lattice time 0 is the first column after the prompt."""
