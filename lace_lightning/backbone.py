@@ -18,6 +18,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lace_lightning.exchange.base import Geometry
+from lace_lightning.lattice import Lattice
+from lace_lightning.packing import pack, unpack
 
 INNER = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 PREFIX = "lace_"
@@ -62,6 +64,11 @@ def default_layers(num_layers: int) -> list[int]:
     [14, 16, 18, 20, 22, 24, 26]
     """
     return list(range(num_layers // 2, num_layers, 2))
+
+
+def takes_packed_rows(backbone: nn.Module) -> bool:
+    """Whether the model can run on packed rows (:mod:`lace_lightning.packing`); flash attention makes no masks."""
+    return text_config(backbone)._attn_implementation.removeprefix(PREFIX) in ("eager", "sdpa")
 
 
 def check_layers(layers: list[int], num_layers: int) -> list[int]:
@@ -158,7 +165,12 @@ def _threaded_attention(inner: str) -> Callable[..., tuple[Tensor, Tensor | None
             else ALL_ATTENTION_FUNCTIONS[inner]
         )
         posing = _Posing(module, inner) if inner.startswith(FLASH) else module
+        is_packed = isinstance(lattice, Lattice) and lattice.is_packed  # compiled layers are never given packed rows
+        if is_packed:
+            query, key, value = (_rows_per_thread(x, lattice) for x in (query, key, value))
         out, weights = attend(posing, query, key, value, attention_mask, **kwargs)  # (rows, columns, heads, head_dim)
+        if is_packed:
+            out = pack(out.unflatten(0, (-1, lattice.num_threads)), lattice.skip)
         # A vision tower of the same model has no layer index, and no lattice either.
         here = None if lattice is None else lattice.at("attention", module.layer_idx)
         if here is not None:
@@ -168,11 +180,16 @@ def _threaded_attention(inner: str) -> Callable[..., tuple[Tensor, Tensor | None
     return attention
 
 
+def _rows_per_thread(x: Tensor, lattice: Lattice) -> Tensor:
+    """Queries, keys or values (B, heads, P + N * L, head_dim) of packed rows as (B * N, heads, P + L, head_dim)."""
+    return unpack(x.transpose(1, 2), lattice.num_threads, lattice.skip).flatten(0, 1).transpose(1, 2)
+
+
 def _threaded_mask(inner: str) -> Callable[..., Any]:
     """The mask function of ``inner`` that measures distances in the thread's own tokens.
 
     Waiting columns are holes in ``attention_mask``. The backbone must not notice them, so a sliding window spans real
-    tokens, not columns.
+    tokens, not columns. Of packed rows it gets the ``attention_mask`` of a row per thread, and makes the mask of those.
     """
 
     def mask(
@@ -188,10 +205,20 @@ def _threaded_mask(inner: str) -> Callable[..., Any]:
             def mask_function(b: Any, h: Any, q: Any, k: Any) -> Any:
                 return by_column(b, h, positions[b, q], positions[b, k])
 
+        if attention_mask is not None and len(attention_mask) != kwargs["batch_size"]:
+            kwargs |= _of_rows_per_thread(attention_mask, kwargs)
         make = ALL_MASK_ATTENTION_FUNCTIONS[inner]
         return make(*args, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
 
     return mask
+
+
+def _of_rows_per_thread(attention_mask: Tensor, sizes: dict[str, Any]) -> dict[str, Any]:
+    """The sizes that transformers took from packed rows, as they are with a row per thread."""
+    rows, columns = attention_mask.shape
+    if "q_length" in sizes:
+        return {"batch_size": rows, "q_length": columns}
+    return {"batch_size": rows, "cache_position": sizes["cache_position"][:columns]}  # the first releases of 5.x
 
 
 def token_positions(attention_mask: Tensor) -> Tensor:

@@ -26,6 +26,11 @@ def compile_layers(backbone: nn.Module) -> None:
         layer.forward = _CompiledForward(layer, layer_idx)
 
 
+def are_compiled(backbone: nn.Module) -> bool:
+    """Whether :func:`compile_layers` was called."""
+    return isinstance(decoder_of(backbone).layers[0].forward, _CompiledForward)
+
+
 class _CompiledForward:
     """Stands in for the ``forward`` of one layer; an object and no closure, so that a copied layer runs its copy.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from lace_lightning import packing
 from lace_lightning.backbone import (
     BackboneError,
     causal_lm,
@@ -20,9 +21,11 @@ from lace_lightning.backbone import (
     decoder_of,
     default_layers,
     geometry_of,
+    takes_packed_rows,
     text_config,
     token_positions,
 )
+from lace_lightning.compiled_layers import are_compiled
 from lace_lightning.exchange.base import Exchange, ExchangeConfig, Isolated
 from lace_lightning.lattice import Lattice, LatticeCache, Reading
 from lace_lightning.linear_cross_entropy import linear_cross_entropy
@@ -130,8 +133,8 @@ class ThreadedLM(nn.Module):
         Returns:
             (B, N, L) float32; 0 where not scored.
         """
-        hidden = self._hidden(input_ids, attention_mask, self.lattice(attention_mask, prompt_length))
-        scored, before = predictable(attention_mask, targets)
+        hidden = self._hidden_to_score(input_ids, attention_mask, prompt_length)
+        scored, before = predictable(attention_mask, targets, hidden.shape[2])
         rows, tokens = hidden.flatten(0, 2).index_select(0, before), input_ids.flatten()[scored]
         logprobs = torch.zeros(targets.shape, device=rows.device)
         return logprobs.flatten().index_copy(0, scored, self._score_all(rows, tokens, chunk_size)).view(targets.shape)
@@ -146,8 +149,8 @@ class ThreadedLM(nn.Module):
         Returns:
             () float32; NaN without a token to score.
         """
-        hidden = self._hidden(input_ids, attention_mask, self.lattice(attention_mask, prompt_length))
-        scored, before = predictable(attention_mask, targets)
+        hidden = self._hidden_to_score(input_ids, attention_mask, prompt_length)
+        scored, before = predictable(attention_mask, targets, hidden.shape[2])
         rows, tokens = hidden.flatten(0, 2).index_select(0, before), input_ids.flatten()[scored]
         head = causal_lm(self.backbone).get_output_embeddings()
         if type(head) is nn.Linear and head.bias is None:
@@ -185,24 +188,45 @@ class ThreadedLM(nn.Module):
         Args:
             input_ids: (rows, L_new) the columns of this pass.
             attention_mask: (rows, L) bool over all columns so far, earlier ones included. Positions count real tokens.
+                If the lattice says that the rows are packed: of a row per thread.
             lattice: the lattice of this pass; None runs the bare backbone.
-            kwargs: the cache, for decoding.
+            kwargs: the cache, for decoding; the positions, of packed rows.
 
         Returns:
             (rows, L_new, D) hidden states.
         """
+        if "position_ids" not in kwargs:
+            kwargs["position_ids"] = token_positions(attention_mask)[:, -input_ids.shape[1] :]
         return decoder_of(self.backbone)(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=token_positions(attention_mask)[:, -input_ids.shape[1] :],
-            lattice=lattice,
-            **{"use_cache": False, **kwargs},
+            input_ids=input_ids, attention_mask=attention_mask, lattice=lattice, **{"use_cache": False, **kwargs}
         ).last_hidden_state
 
     def _hidden(self, input_ids: Tensor, attention_mask: Tensor, lattice: Lattice) -> Tensor:
         """(B, N, L, D) output of the decoder."""
         rows = self.run(input_ids.flatten(0, 1), attention_mask.flatten(0, 1), lattice)
         return rows.view(*input_ids.shape, -1)
+
+    def _hidden_to_score(self, input_ids: Tensor, attention_mask: Tensor, prompt_length: int) -> Tensor:
+        """(B, N, L or L - 1, D) output of the decoder: what any token of (B, N, L) may be predicted from.
+
+        Nothing is predicted from the last column, and nothing flows back from it: CPUs leave it out, while GPUs had
+        rather keep a length that kernels' blocks divide. The prompt that the threads of a group share is computed once
+        where that pays.
+        """
+        columns = input_ids.shape[-1]
+        if input_ids.device.type == "cpu":
+            columns = max(1, columns - 1)
+        input_ids, attention_mask = input_ids[..., :columns], attention_mask[..., :columns]
+        prompt_length = min(prompt_length, columns)
+        lattice = self.lattice(attention_mask, prompt_length)
+        # Taking rows apart inside of compiled layers would compile them more often.
+        can_pack = takes_packed_rows(self.backbone) and not are_compiled(self.backbone)
+        if not (can_pack and lattice.skip == prompt_length and packing.pays(input_ids, attention_mask, prompt_length)):
+            return self._hidden(input_ids, attention_mask, lattice)
+        lattice.is_packed = True
+        ids, positions = (packing.pack(x, prompt_length) for x in (input_ids, token_positions(attention_mask)))
+        rows = self.run(ids, attention_mask.flatten(0, 1), lattice, position_ids=positions)
+        return packing.unpack(rows, lattice.num_threads, prompt_length)
 
     def lattice(self, attention_mask: Tensor, prompt_length: int = 0, cache: LatticeCache | None = None) -> Lattice:
         """The lattice of a pass from the first column on; lattice time 0 is the first column after the prompt."""
@@ -304,11 +328,16 @@ class ThreadedLM(nn.Module):
             )
 
 
-def predictable(attention_mask: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Flat positions (M,) of the targets that have a previous real token in their thread, and (M,) of those tokens."""
+def predictable(attention_mask: Tensor, targets: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """The targets (…, L) that have a previous real token in their thread.
+
+    Returns:
+        flat positions (M,) of these targets in (…, L), and (M,) of their previous tokens in (…, ``columns``): the last
+        column may be left out there, since nothing is predicted from it.
+    """
     previous = previous_token(attention_mask)
     scored = (targets & (previous >= 0)).flatten().nonzero().squeeze(-1)
-    return scored, scored - scored % targets.shape[-1] + previous.flatten()[scored]
+    return scored, scored // targets.shape[-1] * columns + previous.flatten()[scored]
 
 
 def previous_token(attention_mask: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, cast
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -204,7 +203,11 @@ class ThreadedModule(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed dropout by its place in the run: a resumed run draws what it would have."""
         place = (self.trainer.current_epoch, batch_idx, self.trainer.global_rank)
-        torch.manual_seed(group_seed("dropout", self._seed, *place))
+        seed = group_seed("dropout", self._seed, *place)
+        # torch.manual_seed would note down, with a traceback, to seed each kind of device that has not started yet.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     @property
     def num_optimizer_steps(self) -> float:
@@ -212,9 +215,7 @@ class ThreadedModule(LightningModule):
         return self.trainer.estimated_stepping_batches
 
     def configure_optimizers(self) -> Any:
-        # A pass over all weights at the speed of memory. Lightning refuses to clip gradients beside it under autocast.
-        fused = self.device.type == "cuda" and not isinstance(self.trainer.precision_plugin, MixedPrecision)
-        optimizer, scheduler = self.optimizer_spec.build(self.parameters(), self.num_optimizer_steps, fused or None)
+        optimizer, scheduler = self.optimizer_spec.build(self.parameters(), self.num_optimizer_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def check_finite(self, loss: Tensor) -> None:

@@ -25,6 +25,9 @@ from lace_lightning.rewards import AccuracyReward, Reward, group_advantages, tot
 from lace_lightning.threaded_lm import ThreadedLM
 from lace_lightning.traces.schema import Problem
 
+CPU_TOKENS = 4096
+"""Tokens per pass on a CPU: activations of more leave its cache, and their memory goes back to the system each time."""
+
 
 class LatticeGRPO(ThreadedModule):
     """Samples G groups of N threads per problem and raises the probability of the better ones; dropout is off.
@@ -40,7 +43,8 @@ class LatticeGRPO(ThreadedModule):
         minibatches: optimizer steps per pass, each on its share of the groups. ``trainer.max_steps`` and
             ModelCheckpoint's ``every_n_train_steps`` count optimizer steps, of which every batch takes passes times
             minibatches, the last one too; logged steps count batches.
-        microbatch_size: groups per forward and backward pass, to bound memory; null: a minibatch at once.
+        microbatch_size: groups per forward and backward pass, to bound memory; null: a minibatch at once, on CPUs as
+            many as keep to 4,096 tokens.
         gradient_clip: largest norm of the gradient; 0 leaves it.
 
     Raises:
@@ -177,7 +181,7 @@ class LatticeGRPO(ThreadedModule):
         learns = (advantages[groups] != 0) | is_needed
         groups, weights = groups[learns], weights[learns]
         totals = [torch.zeros((), device=self.device) for _ in LossOutput._fields]
-        size = self.microbatch_size or max(1, len(groups))
+        size = self._groups_at_once(rollout)
         for micro, micro_weights in zip(groups.split(size), weights.split(size), strict=True):
             if not len(micro):
                 continue
@@ -204,8 +208,15 @@ class LatticeGRPO(ThreadedModule):
     @torch.no_grad()
     def _score_all(self, model: ThreadedLM, rollout: Rollout) -> Tensor:
         everything = torch.arange(len(rollout.input_ids), device=self.device)
-        size = self.microbatch_size or len(everything)
-        return torch.cat([self._score(model, rollout, groups) for groups in everything.split(size)])
+        parts = everything.split(self._groups_at_once(rollout))
+        return torch.cat([self._score(model, rollout, groups) for groups in parts])
+
+    def _groups_at_once(self, rollout: Rollout) -> int:
+        """Groups per forward and backward pass."""
+        num_groups, num_threads, columns = rollout.input_ids.shape
+        if self.microbatch_size is not None or self.device.type != "cpu":
+            return self.microbatch_size or num_groups
+        return max(1, CPU_TOKENS // (num_threads * columns))
 
     # ---------------------------------------------------------------- logging
 

@@ -95,7 +95,7 @@ EXCHANGES: dict[str, ExchangeConfig] = {
     "same-step": SameStepConfig(**_SMALL),
     "same-step-others": SameStepConfig(**_SMALL, own="exclude"),
 }
-BACKENDS = ("eager", "sdpa", "pointwise", "flex", "flash")
+BACKENDS = ("eager", "sdpa", "folded", "pointwise", "flex", "flash")
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,8 @@ class Case:
 
 
 _ON = {
-    "pointwise": ("aligned", "aligned-others", "aligned-on-prompt"),  # what it is for
+    "folded": ("aligned", "aligned-others", "aligned-on-prompt"),  # what it is for
+    "pointwise": ("aligned", "aligned-others", "aligned-on-prompt"),
     "flex": ("causal", "aligned-others", "window-others", "on-prompt"),  # slow on CPUs, and tested by itself for all
     "flash": ("causal", "causal-others", "causal-own", "window-others", "on-prompt"),  # leaves aligned to others
 }

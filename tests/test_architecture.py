@@ -18,7 +18,7 @@ from lace_lightning.traces.template import Segment
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/architecture.md").read_text()
 
-MECHANISM = ("lattice", "exchange", "backbone", "threaded_lm", "adapter", "decoding")
+MECHANISM = ("lattice", "exchange", "packing", "backbone", "threaded_lm", "adapter", "decoding")
 DATA = ("traces", "tasks", "puzzles", "verification")
 MEASUREMENT = ("embedding", "diversity", "rewards", "policy_loss", "metrics", "figures", "rendering")
 ABOVE = {

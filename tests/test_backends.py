@@ -71,7 +71,7 @@ def test_the_block_mask_of_long_lattices_is_made_once_and_without_looking_at_eve
 
 
 def chosen(backend: str, mask: LatticeMask, dtype: torch.dtype = torch.float32, dim: int = 8) -> str:
-    attention = backends.choose(backend, mask, dtype, dim)
+    attention = backends.choose(backend, mask, backends.Heads(2, dim, dtype))
     return next(name for name, known in backends.BACKENDS.items() if known is attention)
 
 
@@ -123,7 +123,7 @@ def test_auto_takes_sdpa_on_cpus(log):
 
 def test_an_unknown_backend_is_named():
     with pytest.raises(ValueError, match="'turbo'.*auto.*flash"):
-        backends.choose("turbo", mask_of(Topology()), torch.float32, 8)
+        backends.choose("turbo", mask_of(Topology()), backends.Heads(2, 8, torch.float32))
 
 
 # ---------------------------------------------------------------- pairs of threads

@@ -122,7 +122,7 @@ def test_auto_takes_the_fastest(topology, columns, name):
     model = LatticeAttentionConfig(scope=topology.scope).build(Geometry(64, 64, torch.bfloat16, torch.device("cuda")))
     lattice = Lattice({0: model}, torch.ones(2, 4, columns, dtype=torch.bool, device="cuda"))
     mask = lattice.mask(topology)
-    assert backends.choose("auto", mask, torch.bfloat16, 32) is backends.BACKENDS[name]
+    assert backends.choose("auto", mask, backends.Heads(4, 32, torch.bfloat16)) is backends.BACKENDS[name]
     model.prepare(lattice)
     assert mask.made or mask._dense is not None
 

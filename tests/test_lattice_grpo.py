@@ -174,6 +174,24 @@ def test_microbatches_have_the_gradient_of_the_whole_batch(loss: PolicyLoss) -> 
         assert_close(whole, gradient_of(module, rollout, advantages, microbatch_size=size))
 
 
+def test_cpus_take_few_groups_at_once_with_the_gradient_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = awake()
+    rollout, advantages = sampled(module)
+    whole, sizes, score = gradient_of(module, rollout, advantages), [], LatticeGRPO._score
+
+    def noted(self: LatticeGRPO, model: Any, rollout: Rollout, groups: Tensor) -> Tensor:
+        sizes.append(len(groups))
+        return score(self, model, rollout, groups)
+
+    monkeypatch.setattr(LatticeGRPO, "_score", noted)
+    tokens = rollout.input_ids[0].numel()
+    for limit, largest in ((10 * tokens, len(advantages)), (2 * tokens, 2), (1, 1)):
+        sizes.clear()
+        monkeypatch.setattr("lace_lightning.modules.lattice_grpo.CPU_TOKENS", limit)
+        assert_close(whole, gradient_of(module, rollout, advantages))
+        assert max(sizes) <= largest and len(sizes) >= (advantages != 0).sum() / largest
+
+
 def test_groups_without_advantage_are_not_computed_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     module = awake()
     rollout, advantages = sampled(module)

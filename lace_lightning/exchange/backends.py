@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lace_lightning.exchange import folded
 from lace_lightning.exchange.flash import flash, installed, plan, refusal
 from lace_lightning.lattice import LatticeMask
 
-Backend = Literal["auto", "eager", "sdpa", "pointwise", "flex", "flash"]
+Backend = Literal["auto", "eager", "sdpa", "folded", "pointwise", "flex", "flash"]
 
 _logger = logging.getLogger(__name__)
 
@@ -148,23 +149,33 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """How the queries and keys of a call are cut: h, d and their dtype."""
+
+    count: int
+    dim: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class _Attention:
     """A backend and what it makes of a mask once for all layers of a pass."""
 
     attend: Callable[[Tensor, Tensor, Tensor, LatticeMask], Tensor]
-    prepare: Callable[[LatticeMask], Any]
+    prepare: Callable[[LatticeMask, Heads], Any]
 
 
 BACKENDS: dict[str, _Attention] = {
-    "eager": _Attention(eager, lambda mask: mask.dense),
-    "sdpa": _Attention(sdpa, _dense_mask),
-    "pointwise": _Attention(pointwise, lambda mask: mask.dense),
-    "flex": _Attention(flex, block_mask),
-    "flash": _Attention(flash, plan),
+    "eager": _Attention(eager, lambda mask, heads: mask.dense),
+    "sdpa": _Attention(sdpa, lambda mask, heads: (_dense_mask(mask), mask.reads_anything)),
+    "folded": _Attention(folded.folded, lambda mask, heads: folded.scores_to_add(mask, heads.count, heads.dtype)),
+    "pointwise": _Attention(pointwise, lambda mask, heads: mask.dense),
+    "flex": _Attention(flex, lambda mask, heads: block_mask(mask)),
+    "flash": _Attention(flash, lambda mask, heads: plan(mask)),
 }
 
 
-def choose(backend: Backend, mask: LatticeMask, dtype: torch.dtype, dim: int) -> _Attention:
+def choose(backend: Backend, mask: LatticeMask, heads: Heads) -> _Attention:
     """The named backend, or another where ``flash`` cannot be used; ``auto`` takes the fastest. Logs a new choice.
 
     Raises:
@@ -172,9 +183,9 @@ def choose(backend: Backend, mask: LatticeMask, dtype: torch.dtype, dim: int) ->
     """
     name, why = str(backend), "as named"
     if backend == "auto":
-        name, why = _fastest(mask, dtype, dim)
-    elif backend == "flash" and (reason := refusal(mask, dtype, dim)):
-        name, why = _fastest(mask, dtype, dim)
+        name, why = _fastest(mask, heads)
+    elif backend == "flash" and (reason := refusal(mask, heads.dtype, heads.dim)):
+        name, why = _fastest(mask, heads)
         why = f"{why}; not flash: {reason}"
     if name not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown: choose auto or one of {', '.join(BACKENDS)}")
@@ -183,17 +194,19 @@ def choose(backend: Backend, mask: LatticeMask, dtype: torch.dtype, dim: int) ->
     return BACKENDS[name]
 
 
-def _fastest(mask: LatticeMask, dtype: torch.dtype, dim: int) -> tuple[str, str]:
+def _fastest(mask: LatticeMask, heads: Heads) -> tuple[str, str]:
     """Backend for a call, and why."""
+    if folded.pays(mask, heads.count):
+        return "folded", "few positions, on a CPU"
     if mask.key_visible.device.type != "cuda":
         return "sdpa", "not on CUDA"
     if mask.topology.scope == "aligned" and mask.num_threads <= MAX_POINTWISE and len(mask.key_visible) >= MIN_BLOCKED:
         return "pointwise", "many columns of few threads"
     if mask.topology.scope == "aligned" or mask.num_queries < MIN_BLOCKED:
         return "sdpa", "few positions"
-    if refusal(mask, dtype, dim) is None and (installed() != "torch" or dim < MIN_FLEX_WIDTH):
+    if refusal(mask, heads.dtype, heads.dim) is None and (installed() != "torch" or heads.dim < MIN_FLEX_WIDTH):
         return "flash", f"many positions, by the kernel {installed()}"
-    if dim >= MIN_FLEX_WIDTH:
+    if heads.dim >= MIN_FLEX_WIDTH:
         return "flex", "many positions"
     return "sdpa", f"heads narrower than {MIN_FLEX_WIDTH}"
 
