@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lace_lightning.bench import floors, machine, shapes
+from lace_lightning.bench import floors, growth, machine, shapes
 from lace_lightning.bench.bench import Bench, Settings, ratios
 from lace_lightning.bench.clock import CaseFailed, Clock, in_turn, spread
 from lace_lightning.bench.decode import measure
@@ -19,6 +19,7 @@ from lace_lightning.bench.peers import PEERS, _StaticStep, peers
 from lace_lightning.bench.record import read_records
 from lace_lightning.bench.rollout import compare_logprobs
 from lace_lightning.bench.table import LAYOUTS
+from lace_lightning.bench.train import Grid, Trainee, sft_loss
 from lace_lightning.cli import bench as cli
 from lace_lightning.cli.main import main
 from lace_lightning.exchange import Isolated, LatticeAttentionConfig
@@ -179,6 +180,82 @@ def test_logprobs_of_rollout_and_recomputation_agree_and_a_wrong_one_is_found(be
     assert gap["max"] == pytest.approx(0.5, abs=1e-4) and gap["mean"] == pytest.approx(0.5 / 36, abs=1e-4)
 
 
+# ---------------------------------------------------------------- growth
+
+
+class Counted:
+    """Stands in for decoder and decoding: notes what was asked of it."""
+
+    def __init__(self, log: list, name: str) -> None:
+        self.log, self.name = log, name
+
+    def start(self, prompts, num_threads, seeds) -> Counted:
+        return self
+
+    def advance(self, columns: int) -> None:
+        self.log.append((self.name, columns))
+
+
+def test_late_times_cost_their_columns_once_and_blocks_are_timed_in_turn(bench, monkeypatch):
+    log: list[tuple[str, int]] = []
+    names = iter(["off", "causal", "aligned"])
+    monkeypatch.setattr(growth, "make_decoder", lambda *_: Counted(log, next(names)))
+    sweeps = growth.Sweeps(Point(2, 1, 5, 0, columns=3), lattice_time=[10, 30])
+    cells = list(growth.along_time(bench, bench.models(), sweeps))
+    assert [cell["lattice_time"] for cell in cells] == [10, 30]
+    # Ten columns, a warm-up block and two that count; then what is missing up to 30, and three blocks again.
+    assert [columns for case, columns in log if case == "causal" and columns] == [10, 3, 3, 3, 11, 3, 3, 3]
+    assert [case for case, columns in log if columns == 3][:6] == [
+        "off",
+        "causal",
+        "aligned",
+        "aligned",
+        "causal",
+        "off",
+    ]
+    middle = cells[1]["cases"]["off"]["floor"]["keys_values_bytes"]
+    assert middle == (5 + 2 * (30 + 4.5)) * (2 * 4 * 2 * 16 * 4)
+
+
+def test_a_decoding_too_large_for_the_device_leaves_a_row_and_the_others_go_on(bench, monkeypatch):
+    def decoder(model, max_new_tokens, engine):
+        decoder = Counted([], "")
+        if model.exchanges:
+            decoder.start = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("4 GiB"))
+        return decoder
+
+    monkeypatch.setattr(growth, "make_decoder", decoder)
+    sweeps = growth.Sweeps(Point(2, 1, 5, 0, columns=3), lattice_time=[10])
+    [cell] = growth.along_time(bench, bench.models(), sweeps)
+    assert cell["cases"]["causal"] == {"error": "OOM"} and "step_ms" in cell["cases"]["off"]
+
+
+def test_times_whose_blocks_overlap_are_refused(bench):
+    sweeps = growth.Sweeps(Point(2, 1, 5, 0, columns=10), lattice_time=[50, 79])
+    with pytest.raises(ValueError, match="--times 50 79: 3 blocks of 10 columns from 50 on end at 80"):
+        list(growth.growth(bench, sweeps))
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_the_loss_is_the_mean_over_every_position(bench):
+    model = bench.model("off")
+    ids = torch.tensor(bench.prompts(6, 5)).view(2, 3, 5)
+    expected = model.backbone(input_ids=ids.flatten(0, 1), labels=ids.flatten(0, 1)).loss
+    assert sft_loss(model, ids).item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_a_training_step_moves_backbone_and_exchange_and_keeps_no_gradient(bench):
+    model = bench.model("causal")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    trainee = Trainee(model, Grid(1, 2, 6, checkpointing=True, compile=False), seed=0)
+    trainee.step()
+    assert model.training and model.backbone.is_gradient_checkpointing
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])] == []
+
+
 # ---------------------------------------------------------------- peers
 
 
@@ -259,6 +336,8 @@ def test_decode_writes_what_it_ran_on_with_and_how(tmp_path, capsys):
     "options",
     [
         ["memory", "--threads", "1", "2", "--columns", "3"],
+        ["train", "--grid", "2x6", "3x4", "--groups", "1", "--repeats", "1"],
+        "growth --threads 1 2 --prompts 5 --times 9 20 --widths 8 16 --columns 3 --repeats 2".split(),
         ["rollout", "--groups", "3", "--new-tokens", "4", "--prompt", "5", "--repeats", "1", "--scope", "window"],
     ],
     ids=lambda options: options[0],
@@ -273,6 +352,7 @@ def test_every_command_fills_every_column_of_its_table(options, tmp_path):
 @pytest.mark.parametrize("theme", LAYOUTS)
 def test_a_case_that_ran_out_of_memory_is_a_row_that_says_so(theme):
     place = dict(threads=4, groups=1, prompt=5, lattice_time=0, new_tokens=9, length=8, sweep="threads", at=4)
+    place |= dict(checkpointing=True, compile=False)
     [row] = LAYOUTS[theme].rows(place | {"cases": {"causal": {"error": "OOM"}}, "ratios": {}})
     assert len(row) == len(LAYOUTS[theme].headings) and row.index("OOM") == row.index("causal") + 1
 

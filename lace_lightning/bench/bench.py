@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from lace_lightning.bench import machine, shapes
-from lace_lightning.bench.clock import Clock
+from lace_lightning.bench.clock import Clock, in_turn, spread
 from lace_lightning.exchange import ExchangeConfig, Isolated, LatticeAttentionConfig
 from lace_lightning.threaded_lm import ThreadedLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+T = TypeVar("T")
 
 OFF = "off"
 """Name of the case without exchange; the others are named by their scope."""
@@ -128,9 +130,18 @@ class Bench:
         return self.machine["matrix_rate"]["median"]
 
     def backbone(self) -> PreTrainedModel:
-        """A fresh backbone with random weights."""
+        """A fresh backbone with random weights.
+
+        Raises:
+            ValueError: it does not fit on the device.
+        """
         self.progress(f"building {self.settings.shape}")
-        return shapes.build_backbone(self.config, self.device, self.dtype, self.settings.seed)
+        try:
+            return shapes.build_backbone(self.config, self.device, self.dtype, self.settings.seed)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"--shape {self.settings.shape} does not fit on {self.machine['name']}: {error}"
+            ) from error
 
     def models(self, width: int | None = None, backbone: PreTrainedModel | None = None) -> dict[str, ThreadedLM]:
         """Case -> model; all stand on one backbone."""
@@ -148,14 +159,18 @@ class Bench:
         generator = torch.Generator().manual_seed(self.settings.seed)
         return torch.randint(self.config.vocab_size, (groups, length), generator=generator).tolist()
 
-    def describe_model(self, models: dict[str, ThreadedLM]) -> dict[str, Any]:
-        """Parameters by case."""
-        return {"shape": self.settings.shape, "dtype": str(self.dtype).removeprefix("torch.")} | {
-            "parameters": {case: model.parameter_counts() for case, model in models.items()}
-        }
+    def in_turn(self, place: object, cases: Mapping[str, Callable[[], T]]) -> tuple[dict[str, list[T]], dict[str, str]]:
+        """Samples and errors of the cases of one cell; see :func:`~lace_lightning.bench.clock.in_turn`."""
+        settings = self.settings
+        return in_turn(cases, settings.warmup, settings.repeats, lambda text: self.progress(f"{place}: {text}"))
 
-    def options(self) -> dict[str, Any]:
-        return asdict(self.settings)
+
+def joined(cases: dict[str, dict[str, Any]], errors: dict[str, str]) -> dict[str, Any]:
+    """The part of a cell that all timings share: records and errors by case, and the ratios of their steps."""
+    return {
+        "cases": cases | {case: {"error": error} for case, error in errors.items()},
+        "ratios": ratios(cases, "step_ms"),
+    }
 
 
 def ratios(cases: dict[str, dict[str, Any]], key: str) -> dict[str, Any]:
@@ -165,8 +180,6 @@ def ratios(cases: dict[str, dict[str, Any]], key: str) -> dict[str, Any]:
         cases: case -> record with a spread under ``key``.
         key: which figure.
     """
-    from lace_lightning.bench.clock import spread
-
     found = {}
     off = cases.get(OFF, {}).get(key)
     for case, record in cases.items():

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from lace_lightning.bench import floors
-from lace_lightning.bench.bench import OFF, Bench, ratios
-from lace_lightning.bench.clock import free_memory, in_turn, spread
+from lace_lightning.bench.bench import OFF, Bench, joined
+from lace_lightning.bench.clock import free_memory, spread
 from lace_lightning.bench.decoding import Decoder, Point, make_decoder
 from lace_lightning.bench.peers import peers
 from lace_lightning.threaded_lm import ThreadedLM
@@ -54,16 +54,11 @@ def measure(bench: Bench, models: dict[str, ThreadedLM], point: Point) -> dict[s
     samplers: dict[str, Callable[[], Sample]] = {
         case: partial(_sample, bench, decoder, point) for case, decoder in decoders.items()
     }
-    samples, errors = in_turn(
-        samplers, bench.settings.warmup, bench.settings.repeats, lambda text: bench.progress(f"{point}: {text}")
-    )
+    samples, errors = bench.in_turn(point, samplers)
     cases = {case: _case_record(bench, models[case], point, taken) for case, taken in samples.items()}
     free_memory()
-    return asdict(point) | {
-        "cases": cases | {case: {"error": error} for case, error in errors.items()},
-        "ratios": ratios(cases, "step_ms"),
-        "exchange_effect": _exchange_effect({case: taken[-1].logprobs for case, taken in samples.items()}),
-    }
+    effect = _exchange_effect({case: taken[-1].logprobs for case, taken in samples.items()})
+    return asdict(point) | joined(cases, errors) | {"exchange_effect": effect}
 
 
 def _sample(bench: Bench, decoder: Decoder, point: Point) -> Sample:

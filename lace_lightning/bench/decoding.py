@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-import torch
-from torch import Tensor
-
 from lace_lightning.decoding import GroupDecoder, Rollout, Sampling
-from lace_lightning.decoding.decoder import _Threads, left_pad
-from lace_lightning.decoding.random import uniform
 from lace_lightning.threaded_lm import ThreadedLM
 
 NEVER = -1
@@ -64,7 +59,7 @@ class Decoding(Protocol):
 
 
 class Decoder(Protocol):
-    """What :class:`GroupDecoder` offers once the engines are merged."""
+    """What this package needs of a :class:`GroupDecoder`."""
 
     def start(self, prompts: Sequence[Sequence[int]], num_threads: int, seeds: Sequence[int]) -> Decoding: ...
 
@@ -74,42 +69,6 @@ def make_decoder(model: ThreadedLM, max_new_tokens: int, engine: str) -> Decoder
     rules: dict[str, Any] = dict(eos_ids=[NEVER], pad_id=0)
     if hasattr(GroupDecoder, "start"):
         return cast(Decoder, GroupDecoder(model, Sampling(), max_new_tokens, engine=engine, **rules))  # type: ignore[call-arg]
-    return _PlainDecoder(GroupDecoder(model, Sampling(), max_new_tokens, **rules))
+    from lace_lightning.bench.plain_decoding import PlainDecoder  # goes once GroupDecoder.start is merged
 
-
-# ------------------------------------------------- until GroupDecoder.start is merged: `plain`, column by column
-
-
-class _PlainDecoder:
-    def __init__(self, rules: GroupDecoder) -> None:
-        self._rules = rules
-
-    def start(self, prompts: Sequence[Sequence[int]], num_threads: int, seeds: Sequence[int]) -> Decoding:
-        return _PlainDecoding(self._rules, prompts, num_threads, seeds)
-
-
-class _PlainDecoding:
-    @torch.no_grad()
-    def __init__(
-        self, rules: GroupDecoder, prompts: Sequence[Sequence[int]], num_threads: int, seeds: Sequence[int]
-    ) -> None:
-        device = next(rules.model.parameters()).device
-        self._rules, self._num_threads = rules, num_threads
-        self._prompt = left_pad(prompts, rules.pad_id, device)
-        self._threads = _Threads(rules, len(prompts), num_threads, device)
-        self._seeds = torch.tensor(list(seeds), device=device)
-        self._columns: list[Any] = []
-        self._logits: Iterator[Tensor] = rules._forward_passes(*self._prompt, num_threads, self._threads)
-        self._next: Tensor | None = next(self._logits)
-
-    @torch.no_grad()
-    def advance(self, columns: int) -> None:
-        for _ in range(columns):
-            logits = next(self._logits) if self._next is None else self._next
-            self._next = None
-            time = len(self._columns)
-            draw = self._rules.sampling.draw(logits, uniform(self._seeds, self._num_threads, time))
-            self._columns.append(self._threads.write(time, draw, logits))
-
-    def rollout(self) -> Rollout:
-        return self._rules._rollout(*self._prompt, self._num_threads, self._columns, self._threads)
+    return PlainDecoder(GroupDecoder(model, Sampling(), max_new_tokens, **rules))

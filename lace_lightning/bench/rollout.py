@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from lace_lightning.bench import floors
-from lace_lightning.bench.bench import Bench, ratios
-from lace_lightning.bench.clock import free_memory, in_turn, spread
+from lace_lightning.bench.bench import Bench, joined
+from lace_lightning.bench.clock import free_memory, spread
 from lace_lightning.bench.decoding import Decoder, make_decoder
 from lace_lightning.decoding import Rollout
 from lace_lightning.threaded_lm import ThreadedLM
@@ -52,9 +52,7 @@ def rollout(bench: Bench, batch: Batch, score_groups: int) -> Iterator[dict[str,
         case: partial(_sample, bench, make_decoder(model, batch.new_tokens, bench.settings.engine), batch)
         for case, model in models.items()
     }
-    samples, errors = in_turn(
-        samplers, bench.settings.warmup, bench.settings.repeats, lambda text: bench.progress(f"{batch}: {text}")
-    )
+    samples, errors = bench.in_turn(batch, samplers)
     del samplers
     cases = {}
     for case, taken in samples.items():
@@ -63,10 +61,7 @@ def rollout(bench: Bench, batch: Batch, score_groups: int) -> Iterator[dict[str,
         cases[case] = _timing(bench, models[case], batch, taken) | {
             "logprobs": compare_logprobs(models[case], taken[-1].rollout, score_groups)
         }
-    yield asdict(batch) | {
-        "cases": cases | {case: {"error": error} for case, error in errors.items()},
-        "ratios": ratios(cases, "step_ms"),
-    }
+    yield asdict(batch) | joined(cases, errors)
 
 
 def _sample(bench: Bench, decoder: Decoder, batch: Batch) -> Sample:

@@ -93,6 +93,30 @@ def _rollout(cell: dict[str, Any]) -> Iterator[Row]:
     yield from _with_errors((place,), cell, 5, row)
 
 
+def _train(cell: dict[str, Any]) -> Iterator[Row]:
+    def row(case: str, record: dict[str, Any]) -> Row:
+        return (
+            milliseconds(record["step_ms"]),
+            _ratio(cell, case),
+            f"{record['tokens_per_second']:,.0f}",
+            f"{record['matrix_share']:.1%}",
+            size(record["peak_bytes"]),
+        )
+
+    marks = [name for name in ("checkpointing", "compile") if cell[name]]
+    place = ", ".join(["{groups} × {threads} × {length}".format(**cell), *marks])
+    yield from _with_errors((place,), cell, 5, row)
+
+
+def _growth(cell: dict[str, Any]) -> Iterator[Row]:
+    def row(case: str, record: dict[str, Any]) -> Row:
+        if "peak_bytes" in record:
+            return "", _ratio(cell, case), "", size(record["peak_bytes"])
+        return milliseconds(record["step_ms"]), _ratio(cell, case), f"{record['times_floor']:.2f}", ""
+
+    yield from _with_errors((cell["sweep"], f"{cell['at']:,}"), cell, 4, row)
+
+
 LAYOUTS: dict[str, Layout] = {
     "decode": Layout(
         ("N", "prompt", "time", "exchange", "ms per step", "on/off", "× floor", "prefill ms", "tokens/s"), _decode
@@ -102,4 +126,8 @@ LAYOUTS: dict[str, Layout] = {
         ("groups × N × T", "exchange", "tokens/s", "ms per step", "on/off", "of the limit", "|Δ logprob| mean, max"),
         _rollout,
     ),
+    "train": Layout(
+        ("groups × N × L", "exchange", "ms per step", "on/off", "tokens/s", "of the matrix rate", "peak"), _train
+    ),
+    "growth": Layout(("sweep", "at", "exchange", "ms per step", "on/off", "× floor", "peak"), _growth),
 }

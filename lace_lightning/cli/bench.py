@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SCOPES = ("causal", "aligned", "window")
 PEERS = ("dynamic", "static", "compiled", "continuous", "graph", "plain")
+SWEEPS = ("threads", "prompt", "lattice_time", "width")
 RESULTS = Path("benchmarks/results")
 
 
@@ -77,7 +78,30 @@ def _parser() -> argparse.ArgumentParser:
     _count_of(rollout, "--prompt", 50, "prompt tokens")
     _count_of(rollout, "--new-tokens", 512, "columns")
     _count_of(rollout, "--score-groups", 4, "groups whose log-probabilities are recomputed at once")
+
+    train = command("train", "milliseconds per step of supervised fine-tuning, AdamW included", 10)
+    train.add_argument(
+        "--grid", nargs="+", type=_grid, default=[(4, 2048)], metavar="NxL", help="threads x tokens of each (4x2048)"
+    )
+    _count_of(train, "--groups", 2, "B")
+    train.add_argument("--no-checkpointing", action="store_true", help="keep all activations (recompute them)")
+    train.add_argument("--compile", action="store_true", help="compile the decoder layers one by one (no)")
+
+    growth = command("growth", "step time and memory against N, prompt, lattice time and lattice width", 5)
+    _counts(growth, "--threads", [1, 2, 4, 8, 16, 32, 64, 128], "N: one sweep")
+    _counts(growth, "--prompts", [50, 512, 2048, 8192, 16384], "prompt tokens: one sweep")
+    _counts(growth, "--times", [50, 512, 2048, 8192, 16384], "columns already written: one sweep, one long decoding")
+    _counts(growth, "--widths", [32, 64, 128, 256, 512], "lattice widths: one sweep")
+    growth.add_argument("--sweep", nargs="+", choices=SWEEPS, default=SWEEPS, help="which of them (all)")
+    _count_of(growth, "--columns", 32, "columns that are timed at once; the other sweeps stay at N=4, prompt 50")
     return parser
+
+
+def _grid(text: str) -> tuple[int, int]:
+    threads, times, length = text.partition("x")
+    if not (times and threads.isdecimal() and length.isdecimal() and int(threads) and int(length) > 1):
+        raise argparse.ArgumentTypeError(f"{text}: write threads x tokens, like 4x2048")
+    return int(threads), int(length)
 
 
 def _shared() -> argparse.ArgumentParser:
@@ -150,10 +174,28 @@ def _rollout(bench: Bench, given: argparse.Namespace) -> Iterator[dict[str, Any]
     yield from rollout(bench, batch, given.score_groups)
 
 
+def _train(bench: Bench, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from lace_lightning.bench.train import Grid, train
+
+    options = {"checkpointing": not given.no_checkpointing, "compile": given.compile}
+    yield from train(bench, [Grid(given.groups, threads, length, **options) for threads, length in given.grid])
+
+
+def _growth(bench: Bench, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from lace_lightning.bench.decoding import Point
+    from lace_lightning.bench.growth import Sweeps, growth
+
+    values = {"threads": given.threads, "prompt": given.prompts, "lattice_time": given.times, "width": given.widths}
+    asked = {name: values[name] for name in given.sweep}
+    yield from growth(bench, Sweeps(Point(4, 1, 50, 0, given.columns), **asked))
+
+
 COMMANDS: dict[str, Callable[[Bench, argparse.Namespace], Iterator[dict[str, Any]]]] = {
     "decode": _decode,
     "memory": _memory,
     "rollout": _rollout,
+    "train": _train,
+    "growth": _growth,
 }
 
 
