@@ -36,7 +36,7 @@ class Record:
         shape: str,
     ) -> None:
         now = datetime.now(UTC)
-        name = "_".join([theme, _slug(Path(shape).stem), _slug(machine["name"]), now.strftime("%Y-%m-%d_%H%M%S")])
+        name = "_".join([theme, shape_name(shape), _slug(machine["name"]), now.strftime("%Y-%m-%d_%H%M%S")])
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{name}.json"
         self.content: dict[str, Any] = {
@@ -73,6 +73,11 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
             )
         records.append(content | {"file": path.name})
     return sorted(records, key=lambda record: record["date"])
+
+
+def shape_name(shape: str) -> str:
+    """A shape as part of a file name: its own name, or that of its file, or of the folder of its ``config.json``."""
+    return _slug(Path(shape.removesuffix("/config.json")).name.removesuffix(".json"))
 
 
 def _slug(text: str) -> str:

@@ -30,6 +30,8 @@ def run(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     try:
+        if arguments.theme == "plot":
+            return _plot(arguments)
         # A log has no width of its own; there a row of the table is to stay one line.
         return _measure(arguments, argv, Console(width=None if sys.stdout.isatty() else 160))
     except (ValueError, OSError) as error:
@@ -94,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     _counts(growth, "--widths", [32, 64, 128, 256, 512], "lattice widths: one sweep")
     growth.add_argument("--sweep", nargs="+", choices=SWEEPS, default=SWEEPS, help="which of them (all)")
     _count_of(growth, "--columns", 32, "columns that are timed at once; the other sweeps stay at N=4, prompt 50")
+
+    meaning = "redraw the figures and refill the tables of docs/performance.md from the results"
+    plot = commands.add_parser("plot", help=meaning, description=meaning)
+    plot.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help=f"JSON files ({RESULTS})")
+    plot.add_argument("--docs", type=Path, default=Path("docs"), metavar="FOLDER", help="holds performance.md (docs)")
     return parser
 
 
@@ -218,6 +225,21 @@ def _measure(given: argparse.Namespace, argv: Sequence[str], console: Console) -
             code = INTERRUPTED
     _show(record, console)
     return code
+
+
+def _plot(given: argparse.Namespace) -> int:
+    """Rewrite what is made from the results."""
+    from lace_lightning.bench.plots import draw
+    from lace_lightning.bench.record import read_records
+    from lace_lightning.bench.report import Results, update
+
+    if not given.results.is_dir():
+        raise ValueError(f"--results {given.results} is no folder: measure first, for example lace bench decode")
+    results = Results(read_records(given.results))
+    figures = draw(results, given.docs / "figures")
+    tables = update(given.docs / "performance.md", results, figures)
+    print(f"{len(results.records)} results: {len(tables)} tables, figures: {', '.join(map(str, figures)) or 'none'}")
+    return 0
 
 
 def _show(record: Record, console: Console) -> None:
