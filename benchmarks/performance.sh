@@ -8,7 +8,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results}
 shift || true
-steps=("${@:-decode context large memory rollout train growth plot}")
+(($#)) || set -- decode context large memory rollout train growth plot
+steps=("$@")
 failed=()
 
 lace() { # lace COMMAND [OPTIONS]
@@ -39,11 +40,10 @@ train() {
 growth() { lace growth --shape qwen3-1.7b --device cuda; }
 plot() { python3 -m lace_lightning bench plot --results "$out" || failed+=("lace bench plot"); }
 
-# shellcheck disable=SC2048  # the default is several words
-for step in ${steps[*]}; do
+for step in "${steps[@]}"; do
     declare -F "$step" >/dev/null || { echo "STEP=$step is unknown; see the head of $0" >&2; exit 2; }
-    "$step"
 done
+for step in "${steps[@]}"; do "$step"; done
 if ((${#failed[@]})); then
     printf 'failed: %s\n' "${failed[@]}" >&2
     exit 1

@@ -15,7 +15,7 @@ from lace_lightning.bench.bench import Bench, Settings, ratios
 from lace_lightning.bench.clock import CaseFailed, Clock, in_turn, spread
 from lace_lightning.bench.decode import measure
 from lace_lightning.bench.decoding import Point, make_decoder
-from lace_lightning.bench.peers import PEERS, _StaticStep, peers
+from lace_lightning.bench.peers import PEERS, _capture, _StaticStep, peers
 from lace_lightning.bench.record import read_records
 from lace_lightning.bench.rollout import compare_logprobs
 from lace_lightning.bench.table import LAYOUTS
@@ -404,3 +404,37 @@ def test_it_runs_where_lightning_and_its_friends_are_not_installed(tmp_path):
     done = subprocess.run([sys.executable, "-c", script, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(read_records(tmp_path)) == 1
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+def test_on_cuda_steps_are_timed_by_events_and_memory_is_counted(tmp_path):
+    options = "--device cuda --repeats 2 --out".split() + [str(tmp_path)]
+    assert main("bench decode --threads 2 --prompt 9 --columns 20 --peers dynamic graph plain".split() + options) == 0
+    options.remove("--repeats")
+    options.remove("2")
+    assert main("bench memory --threads 1 64 --columns 20".split() + options) == 0
+    decode, memory = sorted(read_records(tmp_path), key=lambda record: record["theme"])
+    ours, others = decode["cells"]
+    assert all(record["step_ms"]["median"] > 0 for record in ours["cases"].values())
+    assert min(ours["exchange_effect"].values()) > 1e-4
+    assert all("error" not in record for record in others["peers"].values()), others["peers"]
+    for case in ("off", "causal", "aligned"):
+        few, many = (cell["cases"][case] for cell in memory["cells"])
+        assert many["peak_bytes"] - few["peak_bytes"] >= many["kv"]["own_bytes"] - few["kv"]["own_bytes"]
+        assert few["peak_bytes"] >= few["weight_bytes"] + few["kv"]["own_bytes"]
+
+
+@pytest.mark.gpu
+def test_the_captured_step_decodes_what_the_model_does(monkeypatch):
+    monkeypatch.setattr(_StaticStep, "_draw", staticmethod(lambda logits: logits[:, -1].argmax(-1, keepdim=True)))
+    bench = Bench(Settings(device="cuda", dtype="float32"), progress=lambda text: None)
+    backbone, rows = bench.backbone(), torch.tensor(bench.prompts(2, 5), device="cuda")
+    step = _StaticStep(backbone, rows, max_new_tokens=12)
+    replay = _capture(step)
+    for _ in range(12 - step.num_taken):
+        replay()
+    expected = backbone.generate(rows, attention_mask=torch.ones_like(rows), max_new_tokens=12, do_sample=False)
+    assert torch.equal(step._token[:, 0], expected[:, -1])

@@ -25,6 +25,7 @@ PLACE = {"threads": 4, "groups": 1, "prompt": 50, "lattice_time": 0, "columns": 
 
 def case(step: float, **more: Any) -> dict[str, Any]:
     figures = {"floor": {"ms": 0.8}, "times_floor": step / 0.8, "prefill_ms": spread([9.0]), "tokens_per_second": 5.0}
+    figures["kv"] = {"prompt_once_bytes": 2e9, "prompt_per_thread_bytes": 8e9, "own_bytes": 3e6}
     return {"step_ms": spread([step])} | figures | more
 
 
@@ -119,11 +120,12 @@ def test_a_marker_that_names_no_table_is_refused(tmp_path):
 def test_tables_have_a_cell_for_every_heading(tmp_path):
     peers = {"dynamic": {"step_ms": spread([59.0])}, "continuous": {"error": "TypeError:\n no | such option"}}
     results = Results([record(decode_cell(1.0, 1.2, 1.1), PLACE | {"peers": peers})])
-    for name in ("targets", "standing", "runs", "decode"):
+    for name in ("targets", "standing", "prefill", "runs", "decode"):
         lines = TABLES[name](results).splitlines()
         assert len(lines) > 2 and len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
     assert "HF generate, dynamic cache | 59.00" in TABLES["standing"](results)
     assert "TypeError: no | such option" in TABLES["failures"](results)
+    assert "| 2.00 GB | 8.00 GB | 3.00 MB |" in TABLES["prefill"](results)
     assert "0123456 and changes" in TABLES["runs"](results)
 
 
@@ -173,5 +175,5 @@ def test_every_command_of_the_script_and_of_the_page_is_one_that_exists():
     commands += re.findall(r"^lace bench (\w+ --[^#\n|]*)$", PAGE.read_text(), re.MULTILINE)
     themes = [_parser().parse_args(shlex.split(command)).theme for command in commands]
     assert set(themes) == {"decode", "memory", "rollout", "train", "growth"} and len(themes) >= 11
-    [default] = re.findall(r"steps=\(\"\$\{@:-([\w ]+)\}\"\)", script)
+    [default] = re.findall(r"\|\| set -- ([\w ]+)\n", script)
     assert all(f"\n{step}() {{" in script for step in default.split())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lace_lightning.bench.peers import label
-from lace_lightning.bench.table import LAYOUTS, Row, milliseconds
+from lace_lightning.bench.table import LAYOUTS, Row, milliseconds, size
 
 MARKER = re.compile(r"(<!-- measured: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 """Where a table stands in a page; what is between the two comments is replaced."""
@@ -301,6 +301,25 @@ def _standing_rows(ours: dict[str, Any] | None, others: dict[str, Any] | None) -
         yield f"**ours, exchange {case}**", f"**{told}**{ratio}"
 
 
+def _prefill(results: Results) -> str:
+    """Prefill time and prompt KV of every decoding cell, as measured and as copies for every thread would be."""
+    rows = [
+        (
+            cell.shape,
+            str(cell.values["threads"]),
+            f"{cell.values['prompt']:,}",
+            case,
+            milliseconds(record["prefill_ms"]),
+        )
+        + tuple(size(record["kv"][key]) for key in ("prompt_once_bytes", "prompt_per_thread_bytes", "own_bytes"))
+        for cell in results.cells("decode", {"variant": "", "lattice_time": 0})
+        for case, record in cell.values.get("cases", {}).items()
+        if "prefill_ms" in record
+    ]
+    headings = ("model", "N", "prompt", "exchange", "prefill ms", "prompt KV", "copied N times", "own KV")
+    return markdown(headings, rows, left=4) if rows else NOTHING
+
+
 def _failures(results: Results) -> str:
     """What peers said that did not run, word for word."""
     lines = {
@@ -316,6 +335,7 @@ NOTHING = "Not measured yet.\n"
 TABLES: dict[str, Callable[[Results], str]] = {
     "targets": _targets,
     "standing": _standing,
+    "prefill": _prefill,
     "failures": _failures,
     "runs": _machines,
     **{theme: _theme(theme) for theme in LAYOUTS},

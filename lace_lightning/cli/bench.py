@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lace bench",
         description="Measure decoding and training, exchange on and off in turn, beside the floor of this machine.",
-        epilog="example: lace bench decode --shape qwen3-1.7b --threads 4 128 --peers",
+        epilog="example: lace bench decode --shape qwen3-1.7b --threads 4 128 --prompt 50 2048",
     )
     commands = parser.add_subparsers(dest="theme", metavar="COMMAND", required=True)
     shared = _shared()
