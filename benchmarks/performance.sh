@@ -35,6 +35,7 @@ memory() {
 rollout() { lace rollout --shape qwen3-1.7b --device cuda; }
 train() {
     lace train --shape qwen3-1.7b --device cuda --compile --grid 4x2048
+    lace train --shape qwen3-1.7b --device cuda --compile --grid 4x2048 --no-checkpointing
     lace train --shape qwen3-1.7b --device cuda --compile --grid 8x4096 --repeats 5
 }
 growth() { lace growth --shape qwen3-1.7b --device cuda; }

@@ -294,7 +294,8 @@ def measured(tmp_path: Path, *arguments: str) -> dict:
     return record
 
 
-def test_decode_writes_what_it_ran_on_with_and_how(tmp_path, capsys):
+def test_decode_writes_what_it_ran_on_with_and_how(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "git_state", lambda folder: {"commit": "0" * 40, "dirty": True})
     options = [
         "decode",
         "--threads",
@@ -319,7 +320,7 @@ def test_decode_writes_what_it_ran_on_with_and_how(tmp_path, capsys):
     assert record["options"]["width"] == 16 and record["options"]["scope"] == ["causal", "aligned"]
     at = record["machine"]
     assert at["device"] == "cpu" and at["hardware"]["cores"] and at["versions"]["torch"] == torch.__version__
-    assert len(at["git"]["commit"]) == 40 and at["git"]["dirty"] in (True, False)
+    assert at["git"] == {"commit": "0" * 40, "dirty": True}
     assert len(at["bandwidth"]["samples"]) == len(at["matrix_rate"]["samples"]) == 5
     ours, others = record["cells"][::2], record["cells"][1::2]
     assert [cell["threads"] for cell in ours] == [2, 3] == [cell["threads"] for cell in others]
@@ -330,6 +331,11 @@ def test_decode_writes_what_it_ran_on_with_and_how(tmp_path, capsys):
     assert all(set(cell["peers"]) == {"dynamic"} for cell in others)
     told = capsys.readouterr().out
     assert record["file"] in told and f"{ours[0]['ratios']['causal']['median']:.3f}" in told
+
+
+def test_a_copied_tree_is_recorded_by_the_commit_it_is_told(monkeypatch):
+    monkeypatch.setattr(machine, "git_state", lambda folder: None)
+    assert machine.describe(CPU, "15fce23")["git"] == {"commit": "15fce23", "dirty": None}
 
 
 @pytest.mark.parametrize(

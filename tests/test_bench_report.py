@@ -81,6 +81,19 @@ def test_prefill_is_compared_between_numbers_of_threads():
     assert found == {"off": 1.0, "causal": pytest.approx(1.1), "aligned": 1.0}
 
 
+def test_training_is_judged_in_its_fastest_setting_which_is_named():
+    def cell(step: float, **setting: bool) -> dict[str, Any]:
+        cases = {"off": case(step, matrix_share=4 / step), "causal": case(1.01 * step, matrix_share=4 / step)}
+        place = {"groups": 2, "threads": 4, "length": 2048}
+        return place | setting | {"cases": cases, "ratios": {"causal": {"median": 1.01}}}
+
+    slow, fast = cell(10.0, checkpointing=True, compile=True), cell(8.0, checkpointing=False, compile=True)
+    results = Results([record(fast, theme="train"), record(slow, theme="train")])
+    ratio, _, share = (target.row(results) for target in TARGETS if target.number == 5)
+    assert ratio[3:] == ("causal (compile) 1.010", "reached")
+    assert share[3:] == ("off (compile) 50.0%, causal (compile) 50.0%", "reached")
+
+
 def test_what_was_not_measured_or_failed_is_never_reached():
     failed = PLACE | {"cases": {"causal": {"error": "OOM"}}, "ratios": {}}
     for results in (Results([]), Results([record(failed)])):

@@ -52,11 +52,12 @@ class Trainee:
 
     def __init__(self, model: ThreadedLM, grid: Grid, seed: int) -> None:
         self._model = prepare(model, grid)
-        self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.01)
+        device = next(model.parameters()).device
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda")
         generator = torch.Generator().manual_seed(seed)
         shape = (grid.groups, grid.threads, grid.length)
         vocabulary = cast(Any, model.backbone).config.vocab_size
-        self._ids = torch.randint(vocabulary, shape, generator=generator).to(next(model.parameters()).device)
+        self._ids = torch.randint(vocabulary, shape, generator=generator).to(device)
         self.loss = torch.zeros(())
 
     def step(self) -> None:
