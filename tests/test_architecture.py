@@ -20,7 +20,7 @@ PAGE = (ROOT / "docs/architecture.md").read_text()
 
 MECHANISM = ("lattice", "exchange", "packing", "backbone", "threaded_lm", "adapter", "decoding")
 DATA = ("traces", "tasks", "puzzles", "verification")
-MEASUREMENT = ("embedding", "diversity", "rewards", "policy_loss", "metrics", "figures", "rendering")
+MEASUREMENT = ("embedding", "diversity", "rewards", "policy_loss", "metrics", "figures", "rendering", "bench")
 ABOVE = {
     "datamodules": {"modules", "callbacks", "cli"},
     "modules": {"callbacks", "cli"},
