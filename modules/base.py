@@ -24,7 +24,7 @@ from lace_lightning.checkpoints import (
     weights_of,
 )
 from lace_lightning.datamodules.base import GroupData
-from lace_lightning.decoding import Group, Rollout, Sampling, group_seed, make_decoder, to_groups
+from lace_lightning.decoding import Engine, Group, Rollout, Sampling, group_seed, make_decoder, to_groups
 from lace_lightning.embedding import Embedder, NgramEmbedder
 from lace_lightning.metrics import GroupMetrics, TagConfusion
 from lace_lightning.metrics.names import TAG_METRICS
@@ -55,6 +55,8 @@ class DecodingSpec:
         barrier: threads wait for each other once they have opened their closing assessment.
         num_threads: N; null: the model's. Another number tests how far coordination transfers.
         seed: groups are a function of it, of the problem and of the weights.
+        engine: what computes the columns: ``plain`` calls the Hugging Face model, ``fast`` is written for decoding and
+            knows some families of models and exchanges, ``auto`` takes it for those.
     """
 
     max_new_tokens: int = 256
@@ -62,6 +64,7 @@ class DecodingSpec:
     barrier: bool = True
     num_threads: int | None = None
     seed: int = 0
+    engine: Engine = "auto"
 
 
 @dataclass(frozen=True)
@@ -236,7 +239,8 @@ class ThreadedModule(LightningModule):
         prompts = [data.task.template.encode_prompt(problem.text, data.tokenizer) for problem in problems]
         limits = [min(spec.max_new_tokens, data.max_length - len(prompt)) for prompt in prompts]
         num_threads = spec.num_threads or self.spec.num_threads
-        decoder = make_decoder(self.model, data.tokenizer, data.task.template, max(limits), spec.sampling, spec.barrier)
+        rules = (max(limits), spec.sampling, spec.barrier, spec.engine)
+        decoder = make_decoder(self.model, data.tokenizer, data.task.template, *rules)
         environment = data.task.environment(problems, num_threads, data.tokenizer)
         was_training = self.model.training
         self.model.eval()

@@ -100,7 +100,7 @@ def _play(request: Request, plain: bool) -> int:
     from lace_lightning.decoding import to_groups
 
     prompt, environment, decoder = request.prompt_ids(), request.environment(), request.decoder()
-    transcript = Transcript(request.num_threads, request.tokenizer, decoder.eos_ids)
+    transcript = Transcript(request.num_threads, request.tokenizer, decoder.rules.eos_ids)
     with _view(transcript, request.problem.text, plain) as view:
         try:
             rollout = decoder.decode(
