@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -192,8 +192,9 @@ class ThreadedModule(LightningModule):
         check_frozen(checkpoint, own | weights, path)
 
     def _check_settings(self, then: dict[str, str], path: str | Path) -> None:
-        now = dict(_flatten(self.settings()))
-        values = {name: (then.get(name, "not set"), now.get(name, "not set")) for name in then | now}
+        now, default = dict(_flatten(self.settings())), dict(_defaults(self.settings()))
+        # A setting that is younger than the checkpoint was at its default.
+        values = {name: (then.get(name, default.get(name, "not set")), now.get(name, "not set")) for name in then | now}
         changed = [f"model.{name} was {old} and is {new}" for name, (old, new) in values.items() if old != new]
         if changed:
             raise CheckpointError(
@@ -332,3 +333,20 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         return
     for name, part in items:
         yield from _flatten(part, f"{prefix}.{name}" if prefix else str(name))
+
+
+def _defaults(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, repr) of every leaf of nested dicts and dataclasses that has a default, as it is by default."""
+    items: list[tuple[str, Any]] = []
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif is_dataclass(value):
+        items = [(f.name, getattr(value, f.name)) for f in fields(value)]
+        for f in fields(value):
+            name = f"{prefix}.{f.name}" if prefix else f.name
+            if f.default is not MISSING:
+                yield from _flatten(f.default, name)
+            elif f.default_factory is not MISSING:
+                yield from _flatten(f.default_factory(), name)
+    for name, part in items:
+        yield from _defaults(part, f"{prefix}.{name}" if prefix else name)
