@@ -369,7 +369,7 @@ class _SideBuffers:
 
 
 def _rotary_tables(side: SidePath, columns: int, num_threads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """float32 cosines and signed sines by lattice time (columns, d) and by thread (N, d), as :class:`Rotation` makes them.
+    """float32 cosines and signed sines of :class:`Rotation`, by lattice time (columns, d) and by thread (N, d).
 
     A dim that does not turn has cosine 1 and sine 0.
     """
