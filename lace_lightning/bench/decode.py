@@ -12,8 +12,9 @@ from torch import Tensor
 from lace_lightning.bench import floors
 from lace_lightning.bench.bench import OFF, Bench, joined
 from lace_lightning.bench.clock import free_memory, spread
-from lace_lightning.bench.decoding import Decoder, Point, make_decoder
+from lace_lightning.bench.decoding import Point, make_decoder
 from lace_lightning.bench.peers import peers
+from lace_lightning.decoding import GroupDecoder
 from lace_lightning.threaded_lm import ThreadedLM
 
 
@@ -61,7 +62,7 @@ def measure(bench: Bench, models: dict[str, ThreadedLM], point: Point) -> dict[s
     return asdict(point) | joined(cases, errors) | {"exchange_effect": effect}
 
 
-def _sample(bench: Bench, decoder: Decoder, point: Point) -> Sample:
+def _sample(bench: Bench, decoder: GroupDecoder, point: Point) -> Sample:
     """Decode from the start: the prefill is timed, the lead-in is not, the columns behind it are."""
     prompts, started = bench.prompts(point.groups, point.prompt), []
     bench.clock.settle()

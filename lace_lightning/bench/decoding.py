@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import cast
 
-from lace_lightning.decoding import GroupDecoder, Rollout, Sampling
+from lace_lightning.decoding import Engine, GroupDecoder, Sampling
 from lace_lightning.threaded_lm import ThreadedLM
 
 NEVER = -1
@@ -48,27 +47,6 @@ class Point:
         return f"{groups}N={self.threads}, prompt {self.prompt}, time {self.lattice_time}"
 
 
-class Decoding(Protocol):
-    """One running decoding, its prompts computed."""
-
-    def advance(self, columns: int) -> None:
-        """Decode up to so many more columns; on CUDA without waiting for them."""
-
-    def rollout(self) -> Rollout:
-        """What has been decoded so far."""
-
-
-class Decoder(Protocol):
-    """What this package needs of a :class:`GroupDecoder`."""
-
-    def start(self, prompts: Sequence[Sequence[int]], num_threads: int, seeds: Sequence[int]) -> Decoding: ...
-
-
-def make_decoder(model: ThreadedLM, max_new_tokens: int, engine: str) -> Decoder:
+def make_decoder(model: ThreadedLM, max_new_tokens: int, engine: str) -> GroupDecoder:
     """A decoder that samples at temperature 1 from the whole vocabulary and never ends early."""
-    rules: dict[str, Any] = dict(eos_ids=[NEVER], pad_id=0)
-    if hasattr(GroupDecoder, "start"):
-        return cast(Decoder, GroupDecoder(model, Sampling(), max_new_tokens, engine=engine, **rules))  # type: ignore[call-arg]
-    from lace_lightning.bench.plain_decoding import PlainDecoder  # goes once GroupDecoder.start is merged
-
-    return PlainDecoder(GroupDecoder(model, Sampling(), max_new_tokens, **rules))
+    return GroupDecoder(model, Sampling(), max_new_tokens, [NEVER], pad_id=0, engine=cast(Engine, engine))

@@ -11,8 +11,9 @@ from lace_lightning.bench import floors
 from lace_lightning.bench.bench import Bench, joined
 from lace_lightning.bench.clock import free_memory, spread
 from lace_lightning.bench.decode import measure
-from lace_lightning.bench.decoding import Decoding, Point, make_decoder
+from lace_lightning.bench.decoding import Point, make_decoder
 from lace_lightning.bench.memory import memory_cells
+from lace_lightning.decoding import Decoding
 from lace_lightning.threaded_lm import ThreadedLM
 
 SWEEPS = ("threads", "prompt", "lattice_time", "width")

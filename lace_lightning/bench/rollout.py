@@ -12,8 +12,8 @@ import torch
 from lace_lightning.bench import floors
 from lace_lightning.bench.bench import Bench, joined
 from lace_lightning.bench.clock import free_memory, spread
-from lace_lightning.bench.decoding import Decoder, make_decoder
-from lace_lightning.decoding import Rollout
+from lace_lightning.bench.decoding import make_decoder
+from lace_lightning.decoding import GroupDecoder, Rollout
 from lace_lightning.threaded_lm import ThreadedLM
 
 
@@ -64,7 +64,7 @@ def rollout(bench: Bench, batch: Batch, score_groups: int) -> Iterator[dict[str,
     yield asdict(batch) | joined(cases, errors)
 
 
-def _sample(bench: Bench, decoder: Decoder, batch: Batch) -> Sample:
+def _sample(bench: Bench, decoder: GroupDecoder, batch: Batch) -> Sample:
     prompts, started = bench.prompts(batch.groups, batch.prompt), []
     bench.clock.settle()
     prefill = bench.clock.milliseconds(

@@ -14,6 +14,7 @@ from lace_lightning.bench import floors
 from lace_lightning.bench.bench import Bench, joined
 from lace_lightning.bench.clock import free_memory, spread
 from lace_lightning.bench.memory import allocated_bytes, peak_bytes, reset_peak
+from lace_lightning.compiled_layers import compile_layers
 from lace_lightning.threaded_lm import ThreadedLM
 
 
@@ -74,8 +75,6 @@ def prepare(model: ThreadedLM, grid: Grid) -> ThreadedLM:
     if grid.checkpointing:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     if grid.compile:
-        from lace_lightning.compiled_layers import compile_layers  # type: ignore[import-not-found]  # branch train
-
         compile_layers(model.backbone)
     return model.train()
 
@@ -88,9 +87,7 @@ def sft_loss(model: ThreadedLM, ids: Tensor) -> Tensor:
         ids: (B, N, L) long.
     """
     everything = torch.ones_like(ids, dtype=torch.bool)
-    if hasattr(model, "mean_nll"):
-        return cast(Any, model).mean_nll(ids, everything, everything)
-    return -model.token_logprobs(ids, everything, everything).sum() / ids[..., 1:].numel()  # goes with branch train
+    return model.mean_nll(ids, everything, everything)
 
 
 def train(bench: Bench, grids: Sequence[Grid]) -> Iterator[dict[str, Any]]:
