@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,11 +17,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lace_lightning.exchange.base import Exchange, Geometry, Site
+from lace_lightning.exchange.base import Geometry
 from lace_lightning.lattice import Lattice
+from lace_lightning.packing import pack, unpack
 
-INNER = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+INNER = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 PREFIX = "lace_"
+FLASH = "flash_attention_"
 SOFTMAX_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -61,6 +64,11 @@ def default_layers(num_layers: int) -> list[int]:
     [14, 16, 18, 20, 22, 24, 26]
     """
     return list(range(num_layers // 2, num_layers, 2))
+
+
+def takes_packed_rows(backbone: nn.Module) -> bool:
+    """Whether the model can run on packed rows (:mod:`lace_lightning.packing`); flash attention makes no masks."""
+    return text_config(backbone)._attn_implementation.removeprefix(PREFIX) in ("eager", "sdpa")
 
 
 def check_layers(layers: list[int], num_layers: int) -> list[int]:
@@ -106,7 +114,7 @@ def connect(backbone: PreTrainedModel) -> None:
     if not inner.startswith(PREFIX):
         if inner not in INNER:
             raise BackboneError(f"attn_implementation={inner!r} cannot be wrapped: load the model with one of {INNER}")
-        base.set_attn_implementation(PREFIX + inner)
+        base.set_attn_implementation(_registered(inner))
     for layer_idx, layer in enumerate(decoder.layers):
         # A backbone may serve several models (isolated and exchanging ones): a second hook would read twice.
         if not any(isinstance(hook, _LayerHook) for hook in layer._forward_hooks.values()):
@@ -120,18 +128,27 @@ class _LayerHook:
         self._layer_idx = layer_idx
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        lattice: Any = kwargs.get("lattice")
-        exchange = None if lattice is None else _exchange_at("layer", self._layer_idx, lattice)
-        if exchange is None:
+        lattice = kwargs.get("lattice")
+        here = None if lattice is None else lattice.at("layer", self._layer_idx)
+        if here is None:
             return output
-        hidden = output[0] if isinstance(output, tuple) else output
-        hidden = lattice.apply(exchange, self._layer_idx, hidden)
+        hidden = here.apply(output[0] if isinstance(output, tuple) else output)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-def _exchange_at(site: Site, layer_idx: int, lattice: Lattice) -> Exchange | None:
-    exchange = lattice.exchanges.get(layer_idx)
-    return exchange if exchange is not None and exchange.site == site else None
+def _registered(inner: str) -> str:
+    """Our name for an implementation; without "flash" in it, which transformers would take for a package to load."""
+    return PREFIX + inner.replace(FLASH, "fa")
+
+
+class _Posing:
+    """An attention module whose config names the implementation it runs: FlashAttention is looked up by that name."""
+
+    def __init__(self, module: Any, inner: str) -> None:
+        self._module, self.config = module, SimpleNamespace(_attn_implementation=inner)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 def _threaded_attention(inner: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -147,21 +164,32 @@ def _threaded_attention(inner: str) -> Callable[..., tuple[Tensor, Tensor | None
             if inner == "eager"
             else ALL_ATTENTION_FUNCTIONS[inner]
         )
-        out, weights = attend(module, query, key, value, attention_mask, **kwargs)  # (rows, columns, heads, head_dim)
+        posing = _Posing(module, inner) if inner.startswith(FLASH) else module
+        is_packed = isinstance(lattice, Lattice) and lattice.is_packed  # compiled layers are never given packed rows
+        if is_packed:
+            query, key, value = (_rows_per_thread(x, lattice) for x in (query, key, value))
+        out, weights = attend(posing, query, key, value, attention_mask, **kwargs)  # (rows, columns, heads, head_dim)
+        if is_packed:
+            out = pack(out.unflatten(0, (-1, lattice.num_threads)), lattice.skip)
         # A vision tower of the same model has no layer index, and no lattice either.
-        exchange = None if lattice is None else _exchange_at("attention", module.layer_idx, lattice)
-        if exchange is not None:
-            out = lattice.apply(exchange, module.layer_idx, out.flatten(2)).view_as(out)
+        here = None if lattice is None else lattice.at("attention", module.layer_idx)
+        if here is not None:
+            out = here.apply(out.flatten(2)).view_as(out)
         return out, weights
 
     return attention
+
+
+def _rows_per_thread(x: Tensor, lattice: Lattice) -> Tensor:
+    """Queries, keys or values (B, heads, P + N * L, head_dim) of packed rows as (B * N, heads, P + L, head_dim)."""
+    return unpack(x.transpose(1, 2), lattice.num_threads, lattice.skip).flatten(0, 1).transpose(1, 2)
 
 
 def _threaded_mask(inner: str) -> Callable[..., Any]:
     """The mask function of ``inner`` that measures distances in the thread's own tokens.
 
     Waiting columns are holes in ``attention_mask``. The backbone must not notice them, so a sliding window spans real
-    tokens, not columns.
+    tokens, not columns. Of packed rows it gets the ``attention_mask`` of a row per thread, and makes the mask of those.
     """
 
     def mask(
@@ -177,10 +205,20 @@ def _threaded_mask(inner: str) -> Callable[..., Any]:
             def mask_function(b: Any, h: Any, q: Any, k: Any) -> Any:
                 return by_column(b, h, positions[b, q], positions[b, k])
 
+        if attention_mask is not None and len(attention_mask) != kwargs["batch_size"]:
+            kwargs |= _of_rows_per_thread(attention_mask, kwargs)
         make = ALL_MASK_ATTENTION_FUNCTIONS[inner]
         return make(*args, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
 
     return mask
+
+
+def _of_rows_per_thread(attention_mask: Tensor, sizes: dict[str, Any]) -> dict[str, Any]:
+    """The sizes that transformers took from packed rows, as they are with a row per thread."""
+    rows, columns = attention_mask.shape
+    if "q_length" in sizes:
+        return {"batch_size": rows, "q_length": columns}
+    return {"batch_size": rows, "cache_position": sizes["cache_position"][:columns]}  # the first releases of 5.x
 
 
 def token_positions(attention_mask: Tensor) -> Tensor:
@@ -189,5 +227,5 @@ def token_positions(attention_mask: Tensor) -> Tensor:
 
 
 for _inner in INNER:
-    AttentionInterface.register(PREFIX + _inner, _threaded_attention(_inner))
-    AttentionMaskInterface.register(PREFIX + _inner, _threaded_mask(_inner))
+    AttentionInterface.register(_registered(_inner), _threaded_attention(_inner))
+    AttentionMaskInterface.register(_registered(_inner), _threaded_mask(_inner))

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lace_lightning.exchange.base import Exchange
+    from lace_lightning.exchange.base import Exchange, Site
 
 Scope = Literal["causal", "aligned", "window"]
 Own = Literal["include", "exclude", "only"]
@@ -72,6 +72,8 @@ class LatticeMask:
         key_visible: (B, K) bool, time-major; K = N * number of key columns.
         first_query: time-major index, among the keys, of the first query (N * earlier columns in decoding, else 0).
         num_queries: Q.
+        is_full: every key is known to be visible.
+        made: what backends made of this mask, for all layers that share it.
     """
 
     topology: Topology
@@ -79,6 +81,8 @@ class LatticeMask:
     key_visible: Tensor
     first_query: int
     num_queries: int
+    is_full: bool = False
+    made: dict[Any, Any] = field(default_factory=dict, init=False)
     _dense: Tensor | None = field(default=None, init=False)
     _reads_anything: Tensor | None = field(default=None, init=False)
 
@@ -154,6 +158,8 @@ class Lattice:
         skip: leading columns of the backbone's tensors that stand before these L (the prompt).
         cache: what earlier passes left, in decoding.
         readings: a list that lattice layers append to, or None.
+        is_packed: the backbone's rows are whole groups (:mod:`lace_lightning.packing`), not threads.
+        rotations: what exchanges made of the positions of this pass, by their settings, for all layers.
     """
 
     exchanges: Mapping[int, Exchange]
@@ -162,10 +168,14 @@ class Lattice:
     skip: int = 0
     cache: LatticeCache | None = None
     readings: list[Reading] | None = None
+    is_packed: bool = False
+    rotations: dict[Any, Any] = field(default_factory=dict, init=False)
     _masks: dict[Topology, LatticeMask] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         own_keys = self.visible.transpose(1, 2).flatten(1)
+        # Only where it costs no waiting for a device.
+        self._is_full = self.visible.device.type == "cpu" and bool(self.visible.all())
         self._key_visible = own_keys if self.cache is None else self.cache.extend_visible(own_keys)
 
     @property
@@ -181,20 +191,53 @@ class Lattice:
             batch, num_threads, columns = self.visible.shape
             if topology.scope == "aligned":
                 visible = self.visible.transpose(1, 2).reshape(batch * columns, num_threads)
-                mask = LatticeMask(topology, num_threads, visible, 0, num_threads)
+                mask = LatticeMask(topology, num_threads, visible, 0, num_threads, self._is_full)
             else:
                 queries = num_threads * columns
                 first = self._key_visible.shape[1] - queries
-                mask = LatticeMask(topology, num_threads, self._key_visible, first, queries)
+                is_full = self._is_full and self.cache is None
+                mask = LatticeMask(topology, num_threads, self._key_visible, first, queries, is_full)
             self._masks[topology] = mask
         return self._masks[topology]
 
+    def at(self, site: Site, layer_idx: int) -> LayerLattice | None:
+        """What the exchange of one layer needs, if it has one at this site."""
+        exchange = self.exchanges.get(layer_idx)
+        return LayerLattice(self, exchange, layer_idx) if exchange is not None and exchange.site == site else None
+
     def apply(self, exchange: Exchange, layer_idx: int, hidden: Tensor) -> Tensor:
-        """Add what the exchange says to the participating positions of ``hidden`` (B*N, skip + L, D)."""
-        batch, num_threads, columns = self.visible.shape
-        rows = hidden[:, self.skip :].reshape(batch, num_threads, columns, hidden.shape[-1])
-        visible = self.visible[..., None]
-        # What invisible positions computed may be anything, also not finite: a zero weight would not keep it out.
-        read = exchange(rows.masked_fill(~visible, 0.0), self, layer_idx)
-        rows = torch.where(visible, rows + read, rows).reshape(batch * num_threads, columns, hidden.shape[-1])
+        """Add what the exchange says to the participating positions of ``hidden``.
+
+        ``hidden`` has one row per thread, (B * N, skip + L, D), or packed one per group, (B, skip + N * L, D).
+        """
+        rows = hidden[:, self.skip :].reshape(*self.visible.shape, hidden.shape[-1])
+        if self._is_full:
+            rows = rows + exchange(rows, self, layer_idx)
+        else:
+            invisible = ~self.visible[..., None]
+            # What invisible positions computed may be anything, also not finite: a zero weight would not keep it out.
+            read = exchange(rows.masked_fill(invisible, 0.0), self, layer_idx)
+            rows = rows + read.masked_fill(invisible, 0.0)
+        rows = rows.reshape(len(hidden), -1, hidden.shape[-1])
         return rows if self.skip == 0 else torch.cat([hidden[:, : self.skip], rows], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerLattice:
+    """The lattice of a pass with the exchange of one layer.
+
+    Compiled layers get this as their keyword ``lattice``: looking the exchange up by layer index inside compiled code
+    would compile every layer anew.
+    """
+
+    lattice: Lattice
+    exchange: Exchange
+    layer_idx: int
+
+    def at(self, site: Site, layer_idx: int) -> LayerLattice | None:
+        """This, if the exchange acts at this site."""
+        return self if self.exchange.site == site else None
+
+    def apply(self, hidden: Tensor) -> Tensor:
+        """As :meth:`Lattice.apply`."""
+        return self.lattice.apply(self.exchange, self.layer_idx, hidden)

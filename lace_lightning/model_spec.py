@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import nn
 
+from lace_lightning.compiled_layers import compile_layers
 from lace_lightning.exchange import ExchangeConfig, Isolated
 from lace_lightning.threaded_lm import ThreadedLM
 
@@ -28,7 +29,9 @@ class ModelSpec:
         layers: lattice layers; null: every second layer from the middle of the stack on.
         dtype: of weights: ``float32`` or ``bfloat16``.
         attn_implementation: attention of the backbone itself; null: transformers' choice.
-        gradient_checkpointing: recompute activations in the backward pass.
+        gradient_checkpointing: recompute activations in the backward pass: a third more work for a fraction of the
+            memory.
+        compile: compile the decoder layers for training; the first steps then take a minute longer.
         lora: arguments of ``peft.LoraConfig`` for the backbone; null: no LoRA.
 
     Raises:
@@ -43,6 +46,7 @@ class ModelSpec:
     dtype: Literal["float32", "bfloat16"] = "float32"
     attn_implementation: str | None = None
     gradient_checkpointing: bool = False
+    compile: bool = False
     lora: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -73,7 +77,10 @@ class ModelSpec:
             from peft import LoraConfig, get_peft_model
 
             backbone = get_peft_model(backbone, LoraConfig(task_type="CAUSAL_LM", **self.lora))  # type: ignore[assignment]
-        return ThreadedLM(backbone, self.exchange, self.num_threads, self.layers, tokenizer)
+        model = ThreadedLM(backbone, self.exchange, self.num_threads, self.layers, tokenizer)
+        if self.compile:
+            compile_layers(model.backbone)
+        return model
 
     def _backbone(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         from transformers import AutoConfig, AutoModelForCausalLM

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from lace_lightning import packing
 from lace_lightning.backbone import (
     BackboneError,
     causal_lm,
@@ -20,11 +21,14 @@ from lace_lightning.backbone import (
     decoder_of,
     default_layers,
     geometry_of,
+    takes_packed_rows,
     text_config,
     token_positions,
 )
+from lace_lightning.compiled_layers import are_compiled
 from lace_lightning.exchange.base import Exchange, ExchangeConfig, Isolated
 from lace_lightning.lattice import Lattice, LatticeCache, Reading
+from lace_lightning.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -129,17 +133,40 @@ class ThreadedLM(nn.Module):
         Returns:
             (B, N, L) float32; 0 where not scored.
         """
-        hidden = self._hidden(input_ids, attention_mask, self.lattice(attention_mask, prompt_length))
-        previous = previous_token(attention_mask)
-        scored = targets & (previous >= 0)
-        b, n, c = scored.nonzero(as_tuple=True)
-        rows, tokens = hidden[b, n, previous[b, n, c]], input_ids[b, n, c]
+        hidden = self._hidden_to_score(input_ids, attention_mask, prompt_length)
+        scored, before = predictable(attention_mask, targets, hidden.shape[2])
+        rows, tokens = hidden.flatten(0, 2).index_select(0, before), input_ids.flatten()[scored]
+        logprobs = torch.zeros(targets.shape, device=rows.device)
+        return logprobs.flatten().index_copy(0, scored, self._score_all(rows, tokens, chunk_size)).view(targets.shape)
+
+    def mean_nll(
+        self, input_ids: Tensor, attention_mask: Tensor, targets: Tensor, prompt_length: int = 0, chunk_size: int = 4096
+    ) -> Tensor:
+        """Mean negative log-likelihood of the target tokens: ``-token_logprobs(...)`` over those that it scores.
+
+        Faster with gradients, since the head is computed once: a mean's weights are known in the forward pass.
+
+        Returns:
+            () float32; NaN without a token to score.
+        """
+        hidden = self._hidden_to_score(input_ids, attention_mask, prompt_length)
+        scored, before = predictable(attention_mask, targets, hidden.shape[2])
+        rows, tokens = hidden.flatten(0, 2).index_select(0, before), input_ids.flatten()[scored]
+        head = causal_lm(self.backbone).get_output_embeddings()
+        if type(head) is nn.Linear and head.bias is None:
+            ones = torch.ones(tokens.shape, device=rows.device)
+            total = linear_cross_entropy(rows, head.weight, tokens, ones, self.softcap, chunk_size)
+        else:  # a head with LoRA, say
+            total = -self._score_all(rows, tokens, chunk_size).sum()
+        return total / len(tokens)
+
+    def _score_all(self, hidden: Tensor, tokens: Tensor, chunk_size: int) -> Tensor:
+        """(M,) float32 log-probabilities of ``tokens`` from hidden states (M, D), a chunk at a time."""
         chunks = [
             checkpoint(self._score, *pair, use_reentrant=False) if torch.is_grad_enabled() else self._score(*pair)
-            for pair in zip(rows.split(chunk_size), tokens.split(chunk_size), strict=True)
+            for pair in zip(hidden.split(chunk_size), tokens.split(chunk_size), strict=True)
         ]
-        logprobs = torch.cat(chunks) if chunks else rows.new_zeros(0, dtype=torch.float32)
-        return torch.zeros(scored.shape, device=rows.device).masked_scatter(scored, logprobs)
+        return torch.cat(chunks)
 
     def _score(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """(M,) float32 log-probabilities of ``tokens`` from hidden states (M, D)."""
@@ -148,8 +175,12 @@ class ThreadedLM(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of the decoder's output (..., D), with the final soft cap of Gemma 2 and its kin."""
         logits = causal_lm(self.backbone).get_output_embeddings()(hidden)
-        cap = getattr(text_config(causal_lm(self.backbone)), "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    @property
+    def softcap(self) -> float | None:
+        """The bound on logits of Gemma 2 and its kin."""
+        return getattr(text_config(self.backbone), "final_logit_softcapping", None)
 
     def run(self, input_ids: Tensor, attention_mask: Tensor, lattice: Lattice | None, **kwargs: Any) -> Tensor:
         """The decoder on plain rows, without the head.
@@ -157,24 +188,45 @@ class ThreadedLM(nn.Module):
         Args:
             input_ids: (rows, L_new) the columns of this pass.
             attention_mask: (rows, L) bool over all columns so far, earlier ones included. Positions count real tokens.
+                If the lattice says that the rows are packed: of a row per thread.
             lattice: the lattice of this pass; None runs the bare backbone.
-            kwargs: the cache, for decoding.
+            kwargs: the cache, for decoding; the positions, of packed rows.
 
         Returns:
             (rows, L_new, D) hidden states.
         """
+        if "position_ids" not in kwargs:
+            kwargs["position_ids"] = token_positions(attention_mask)[:, -input_ids.shape[1] :]
         return decoder_of(self.backbone)(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=token_positions(attention_mask)[:, -input_ids.shape[1] :],
-            lattice=lattice,
-            **{"use_cache": False, **kwargs},
+            input_ids=input_ids, attention_mask=attention_mask, lattice=lattice, **{"use_cache": False, **kwargs}
         ).last_hidden_state
 
     def _hidden(self, input_ids: Tensor, attention_mask: Tensor, lattice: Lattice) -> Tensor:
         """(B, N, L, D) output of the decoder."""
         rows = self.run(input_ids.flatten(0, 1), attention_mask.flatten(0, 1), lattice)
         return rows.view(*input_ids.shape, -1)
+
+    def _hidden_to_score(self, input_ids: Tensor, attention_mask: Tensor, prompt_length: int) -> Tensor:
+        """(B, N, L or L - 1, D) output of the decoder: what any token of (B, N, L) may be predicted from.
+
+        Nothing is predicted from the last column, and nothing flows back from it: CPUs leave it out, while GPUs had
+        rather keep a length that kernels' blocks divide. The prompt that the threads of a group share is computed once
+        where that pays.
+        """
+        columns = input_ids.shape[-1]
+        if input_ids.device.type == "cpu":
+            columns = max(1, columns - 1)
+        input_ids, attention_mask = input_ids[..., :columns], attention_mask[..., :columns]
+        prompt_length = min(prompt_length, columns)
+        lattice = self.lattice(attention_mask, prompt_length)
+        # Taking rows apart inside of compiled layers would compile them more often.
+        can_pack = takes_packed_rows(self.backbone) and not are_compiled(self.backbone)
+        if not (can_pack and lattice.skip == prompt_length and packing.pays(input_ids, attention_mask, prompt_length)):
+            return self._hidden(input_ids, attention_mask, lattice)
+        lattice.is_packed = True
+        ids, positions = (packing.pack(x, prompt_length) for x in (input_ids, token_positions(attention_mask)))
+        rows = self.run(ids, attention_mask.flatten(0, 1), lattice, position_ids=positions)
+        return packing.unpack(rows, lattice.num_threads, prompt_length)
 
     def lattice(self, attention_mask: Tensor, prompt_length: int = 0, cache: LatticeCache | None = None) -> Lattice:
         """The lattice of a pass from the first column on; lattice time 0 is the first column after the prompt."""
@@ -274,6 +326,18 @@ class ThreadedLM(nn.Module):
             raise BackboneError(
                 f"the logits of {name} are not its output embedding of the decoder's output: unsupported"
             )
+
+
+def predictable(attention_mask: Tensor, targets: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """The targets (…, L) that have a previous real token in their thread.
+
+    Returns:
+        flat positions (M,) of these targets in (…, L), and (M,) of their previous tokens in (…, ``columns``): the last
+        column may be left out there, since nothing is predicted from it.
+    """
+    previous = previous_token(attention_mask)
+    scored = (targets & (previous >= 0)).flatten().nonzero().squeeze(-1)
+    return scored, scored // targets.shape[-1] * columns + previous.flatten()[scored]
 
 
 def previous_token(attention_mask: Tensor) -> Tensor:

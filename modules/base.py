@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -24,7 +24,7 @@ from lace_lightning.checkpoints import (
     weights_of,
 )
 from lace_lightning.datamodules.base import GroupData
-from lace_lightning.decoding import Group, Rollout, Sampling, group_seed, make_decoder, to_groups
+from lace_lightning.decoding import Engine, Group, Rollout, Sampling, group_seed, make_decoder, to_groups
 from lace_lightning.embedding import Embedder, NgramEmbedder
 from lace_lightning.metrics import GroupMetrics, TagConfusion
 from lace_lightning.metrics.names import TAG_METRICS
@@ -55,6 +55,8 @@ class DecodingSpec:
         barrier: threads wait for each other once they have opened their closing assessment.
         num_threads: N; null: the model's. Another number tests how far coordination transfers.
         seed: groups are a function of it, of the problem and of the weights.
+        engine: what computes the columns: ``plain`` calls the Hugging Face model, ``fast`` is written for decoding and
+            knows some families of models and exchanges, ``auto`` takes it for those.
     """
 
     max_new_tokens: int = 256
@@ -62,6 +64,7 @@ class DecodingSpec:
     barrier: bool = True
     num_threads: int | None = None
     seed: int = 0
+    engine: Engine = "auto"
 
 
 @dataclass(frozen=True)
@@ -189,8 +192,9 @@ class ThreadedModule(LightningModule):
         check_frozen(checkpoint, own | weights, path)
 
     def _check_settings(self, then: dict[str, str], path: str | Path) -> None:
-        now = dict(_flatten(self.settings()))
-        values = {name: (then.get(name, "not set"), now.get(name, "not set")) for name in then | now}
+        now, default = dict(_flatten(self.settings())), dict(_defaults(self.settings()))
+        # A setting that is younger than the checkpoint was at its default.
+        values = {name: (then.get(name, default.get(name, "not set")), now.get(name, "not set")) for name in then | now}
         changed = [f"model.{name} was {old} and is {new}" for name, (old, new) in values.items() if old != new]
         if changed:
             raise CheckpointError(
@@ -203,7 +207,11 @@ class ThreadedModule(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed dropout by its place in the run: a resumed run draws what it would have."""
         place = (self.trainer.current_epoch, batch_idx, self.trainer.global_rank)
-        torch.manual_seed(group_seed("dropout", self._seed, *place))
+        seed = group_seed("dropout", self._seed, *place)
+        # torch.manual_seed would note down, with a traceback, to seed each kind of device that has not started yet.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     @property
     def num_optimizer_steps(self) -> float:
@@ -232,7 +240,8 @@ class ThreadedModule(LightningModule):
         prompts = [data.task.template.encode_prompt(problem.text, data.tokenizer) for problem in problems]
         limits = [min(spec.max_new_tokens, data.max_length - len(prompt)) for prompt in prompts]
         num_threads = spec.num_threads or self.spec.num_threads
-        decoder = make_decoder(self.model, data.tokenizer, data.task.template, max(limits), spec.sampling, spec.barrier)
+        rules = (max(limits), spec.sampling, spec.barrier, spec.engine)
+        decoder = make_decoder(self.model, data.tokenizer, data.task.template, *rules)
         environment = data.task.environment(problems, num_threads, data.tokenizer)
         was_training = self.model.training
         self.model.eval()
@@ -324,3 +333,20 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         return
     for name, part in items:
         yield from _flatten(part, f"{prefix}.{name}" if prefix else str(name))
+
+
+def _defaults(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, repr) of every leaf of nested dicts and dataclasses that has a default, as it is by default."""
+    items: list[tuple[str, Any]] = []
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif is_dataclass(value):
+        items = [(f.name, getattr(value, f.name)) for f in fields(value)]
+        for f in fields(value):
+            name = f"{prefix}.{f.name}" if prefix else f.name
+            if f.default is not MISSING:
+                yield from _flatten(f.default, name)
+            elif f.default_factory is not MISSING:
+                yield from _flatten(f.default_factory(), name)
+    for name, part in items:
+        yield from _defaults(part, f"{prefix}.{name}" if prefix else name)

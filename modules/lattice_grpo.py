@@ -25,6 +25,9 @@ from lace_lightning.rewards import AccuracyReward, Reward, group_advantages, tot
 from lace_lightning.threaded_lm import ThreadedLM
 from lace_lightning.traces.schema import Problem
 
+CPU_TOKENS = 4096
+"""Tokens per pass on a CPU: activations of more leave its cache, and their memory goes back to the system each time."""
+
 
 class LatticeGRPO(ThreadedModule):
     """Samples G groups of N threads per problem and raises the probability of the better ones; dropout is off.
@@ -40,7 +43,8 @@ class LatticeGRPO(ThreadedModule):
         minibatches: optimizer steps per pass, each on its share of the groups. ``trainer.max_steps`` and
             ModelCheckpoint's ``every_n_train_steps`` count optimizer steps, of which every batch takes passes times
             minibatches, the last one too; logged steps count batches.
-        microbatch_size: groups per forward and backward pass, to bound memory; null: a minibatch at once.
+        microbatch_size: groups per forward and backward pass, to bound memory; null: a minibatch at once, on CPUs as
+            many as keep to 4,096 tokens.
         gradient_clip: largest norm of the gradient; 0 leaves it.
 
     Raises:
@@ -116,8 +120,9 @@ class LatticeGRPO(ThreadedModule):
             by_problem = rewards.view(len(batch), self.groups_per_problem)
             advantages = group_advantages(by_problem, self.advantage_scale).flatten().to(self.device)
         with clock.measure("update"):
-            outputs = self._optimise(sampled.rollout, advantages)
+            outputs, gaps = self._optimise(sampled.rollout, advantages)
         self._log_step(sampled, by_problem, parts | {"total": rewards}, outputs, clock)
+        self._log_gaps(gaps, len(batch))
         return {"loss": outputs[-1].loss.detach(), "sampled": sampled}
 
     def _rollout_seeds(self, problems: Sequence[Problem]) -> list[int]:
@@ -128,12 +133,14 @@ class LatticeGRPO(ThreadedModule):
 
     # ---------------------------------------------------------------- optimisation
 
-    def _optimise(self, rollout: Rollout, advantages: Tensor) -> list[LossOutput]:
-        """All optimizer steps on one rollout; the outputs of each."""
+    def _optimise(self, rollout: Rollout, advantages: Tensor) -> tuple[list[LossOutput], list[Tensor]]:
+        """All optimizer steps on one rollout: the outputs of each, and the gaps found before the first."""
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        gaps: list[Tensor] = []
         old = reference = None
         if self.passes * self.minibatches > 1:
             old = self._score_all(self._model(), rollout)
+            gaps.append(logprob_gaps(old, rollout))
         if self._reference:
             reference = self._score_all(self._reference[0].to(self.device), rollout)
         # Fixed by the run's seed and step, so that a resumed run draws the same minibatches.
@@ -143,7 +150,7 @@ class LatticeGRPO(ThreadedModule):
             order = torch.randperm(len(advantages), generator=generator).to(self.device)
             for groups in order.tensor_split(self.minibatches):
                 weights = self.loss.token_weights(rollout.chosen[groups], self.rollout.max_new_tokens)
-                output = self._backward(rollout, groups, advantages, weights, old, reference)
+                output = self._backward(rollout, groups, advantages, weights, old, reference, gaps)
                 self.check_finite(output.loss)
                 if self.gradient_clip:
                     self.clip_gradients(optimizer, self.gradient_clip, "norm")  # type: ignore[arg-type]
@@ -151,7 +158,7 @@ class LatticeGRPO(ThreadedModule):
                 optimizer.zero_grad()  # type: ignore[union-attr]
                 scheduler.step()  # type: ignore[union-attr, call-arg]
                 outputs.append(output)
-        return outputs
+        return outputs, gaps
 
     def _backward(
         self,
@@ -161,8 +168,11 @@ class LatticeGRPO(ThreadedModule):
         weights: Tensor,
         old: Tensor | None,
         reference: Tensor | None,
+        gaps: list[Tensor],
     ) -> LossOutput:
         """Accumulate the gradient of one minibatch, a microbatch at a time; returns its summed outputs.
+
+        Without ``old`` it is the only one: what it computes are then the log-probabilities before any update.
 
         Groups with advantage 0 have no gradient (unless the KL term gives one) and are not computed at all; their
         tokens still count in the averages. Several processes compute them: all must take as many backward passes.
@@ -171,12 +181,14 @@ class LatticeGRPO(ThreadedModule):
         learns = (advantages[groups] != 0) | is_needed
         groups, weights = groups[learns], weights[learns]
         totals = [torch.zeros((), device=self.device) for _ in LossOutput._fields]
-        size = self.microbatch_size or max(1, len(groups))
+        size = self._groups_at_once(rollout)
         for micro, micro_weights in zip(groups.split(size), weights.split(size), strict=True):
             if not len(micro):
                 continue
             logprobs = self._score(self._model(), rollout, micro)
             before = logprobs.detach() if old is None else old[micro]
+            if old is None:
+                gaps.append(logprob_gaps(before, rollout, micro))
             then = None if reference is None else reference[micro]
             output = self.loss(logprobs, before, advantages[micro], micro_weights, then)
             self.manual_backward(output.loss)
@@ -196,8 +208,15 @@ class LatticeGRPO(ThreadedModule):
     @torch.no_grad()
     def _score_all(self, model: ThreadedLM, rollout: Rollout) -> Tensor:
         everything = torch.arange(len(rollout.input_ids), device=self.device)
-        size = self.microbatch_size or len(everything)
-        return torch.cat([self._score(model, rollout, groups) for groups in everything.split(size)])
+        parts = everything.split(self._groups_at_once(rollout))
+        return torch.cat([self._score(model, rollout, groups) for groups in parts])
+
+    def _groups_at_once(self, rollout: Rollout) -> int:
+        """Groups per forward and backward pass."""
+        num_groups, num_threads, columns = rollout.input_ids.shape
+        if self.microbatch_size is not None or self.device.type != "cpu":
+            return self.microbatch_size or num_groups
+        return max(1, CPU_TOKENS // (num_threads * columns))
 
     # ---------------------------------------------------------------- logging
 
@@ -228,6 +247,24 @@ class LatticeGRPO(ThreadedModule):
         metrics |= {f"time/{name}": torch.tensor(share) for name, share in clock.shares().items()}
         self.log_dict(metrics, batch_size=len(rewards), sync_dist=True)
         self.log("train/reward", metrics["reward/total"], prog_bar=True, logger=False, batch_size=len(rewards))
+
+    def _log_gaps(self, gaps: list[Tensor], batch_size: int) -> None:
+        """Log how far sampling and training disagree, unless no group was worth computing."""
+        found = torch.cat(gaps) if gaps else torch.zeros(0)
+        if len(found):
+            options: dict[str, Any] = {"batch_size": batch_size, "sync_dist": True}
+            self.log("rollout/logprob_gap_mean", found.mean(), **options)
+            self.log("rollout/logprob_gap_max", found.max(), reduce_fx="max", **options)
+
+
+def logprob_gaps(logprobs: Tensor, rollout: Rollout, groups: Tensor | None = None) -> Tensor:
+    """(M,) distances between recomputed log-probabilities (B, N, L) and those at sampling, of the chosen tokens.
+
+    The same weights computed both, but not by the same code: cached columns and rounding differ. A large gap says that
+    the policy that is optimised is not the one that was sampled.
+    """
+    where = slice(None) if groups is None else groups
+    return (logprobs - rollout.logprobs[where]).abs()[rollout.chosen[where]]
 
 
 def _disable_dropout(model: nn.Module) -> None:

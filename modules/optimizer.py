@@ -47,7 +47,10 @@ class OptimizerSpec:
             {"params": [p for p in learning if p.dim() >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in learning if p.dim() < 2], "weight_decay": 0.0},
         ]
-        optimizer = AdamW([g for g in groups if g["params"]], lr=self.lr, betas=self.betas)
+        optimizer = AdamW([g for g in groups if g["params"]], lr=self.lr, betas=self.betas, fused=True)
+        # Lightning takes every fused optimizer for one that must not be clipped under mixed precision. Left to unscale
+        # by itself it is like any other, and gradients are clipped before it sees them.
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
 
     def factor(self, step: int, total_steps: float) -> float:

@@ -11,7 +11,7 @@ from lace_lightning.embedding import Embedder
 from lace_lightning.model_spec import ModelSpec
 from lace_lightning.modules.base import DecodingSpec, ThreadedModule
 from lace_lightning.modules.optimizer import OptimizerSpec
-from lace_lightning.threaded_lm import ThreadedLM, previous_token
+from lace_lightning.threaded_lm import ThreadedLM
 from lace_lightning.traces.batch import TraceBatch
 
 
@@ -24,11 +24,7 @@ class TraceStage(ThreadedModule):
 
     def training_step(self, batch: TraceBatch, batch_idx: int) -> Tensor:
         assert self.model is not None
-        targets = self.targets(batch)
-        logprobs = self.model.token_logprobs(batch.input_ids, batch.attention_mask, targets, batch.prompt_length)
-        # The first token of a prompt has nothing to be predicted from.
-        num_predicted = (targets & (previous_token(batch.attention_mask) >= 0)).sum()
-        loss = -logprobs.sum() / num_predicted
+        loss = self.model.mean_nll(batch.input_ids, batch.attention_mask, self.targets(batch), batch.prompt_length)
         self.check_finite(loss)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.input_ids), sync_dist=True)
         return loss

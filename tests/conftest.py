@@ -1,7 +1,10 @@
-"""What every test stands on: one seed, one thread, and CUDA tests only where CUDA is."""
+"""What every test stands on: one seed, one thread, a plain kernel for FlashAttention, CUDA tests only where CUDA is."""
 
 import pytest
 import torch
+
+from lace_lightning.exchange import flash
+from tests.helpers import PLAIN_KERNEL
 
 # Tiny shapes lose time to thread start-up, and one thread adds up in one order: bitwise claims stay bitwise.
 torch.set_num_threads(1)
@@ -10,6 +13,14 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def plain_flash_attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention needs CUDA: elsewhere our code around it runs with a kernel written out in torch."""
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setitem(flash.KERNELS, "plain", PLAIN_KERNEL)
+        monkeypatch.setattr(flash, "INSTALLED", "plain")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

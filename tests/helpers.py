@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from lace_lightning.exchange import ExchangeConfig, LatticeAttentionConfig, SameStepConfig
+from lace_lightning.exchange.flash import Kernel
 from lace_lightning.threaded_lm import ThreadedLM
 
 VOCAB = 40
@@ -94,7 +95,7 @@ EXCHANGES: dict[str, ExchangeConfig] = {
     "same-step": SameStepConfig(**_SMALL),
     "same-step-others": SameStepConfig(**_SMALL, own="exclude"),
 }
-BACKENDS = ("eager", "sdpa", "flex")
+BACKENDS = ("eager", "sdpa", "folded", "pointwise", "flex", "flash")
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,17 @@ class Case:
         return not self.exchange.endswith("-own")
 
 
-_ON_FLEX = ("causal", "aligned-others", "window-others", "on-prompt")  # slow on CPUs, and tested by itself for all
+_ON = {
+    "folded": ("aligned", "aligned-others", "aligned-on-prompt"),  # what it is for
+    "pointwise": ("aligned", "aligned-others", "aligned-on-prompt"),
+    "flex": ("causal", "aligned-others", "window-others", "on-prompt"),  # slow on CPUs, and tested by itself for all
+    "flash": ("causal", "causal-others", "causal-own", "window-others", "on-prompt"),  # leaves aligned to others
+}
 CASES = [
     Case("qwen3", "sdpa", name, backend)
     for name, config in EXCHANGES.items()
     for backend in (BACKENDS if isinstance(config, LatticeAttentionConfig) else ("auto",))
-    if backend != "flex" or name in _ON_FLEX
+    if name in _ON.get(backend, EXCHANGES)
 ] + [
     Case(*body, name)
     for body in BODIES
@@ -163,6 +169,41 @@ def tiny_lm(
 def lm_of(case: Case) -> ThreadedLM:
     """The model of a case, shared by all tests: read it, never change it."""
     return tiny_lm(case.config, case.backbone, case.attn)
+
+
+# ---------------------------------------------------------------- FlashAttention, written out
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, window: int) -> Tensor:
+    """(B, H, L, L) scores of (B, L, H, d) queries and keys; -inf where a query is not to read."""
+    query, key = torch.arange(q.shape[1])[:, None], torch.arange(q.shape[1])[None]
+    allowed = (key <= query) & (key > query - window if window else True)
+    return (torch.einsum("bqhd,bkhd->bhqk", q, k) * scale).masked_fill(~allowed, -torch.inf)
+
+
+def _plain_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    scores = _scores(q, k, scale, window)
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+def _plain_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    repeats = q.shape[2] // k.shape[2]
+    wide_k, wide_v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
+    weights = (_scores(q, wide_k, scale, window) - lse[..., None]).exp()
+    slope = torch.einsum("bqhd,bkhd->bhqk", grad, wide_v) - (grad * out).sum(-1).transpose(1, 2)[..., None]
+    grad_q = torch.einsum("bhqk,bkhd->bqhd", weights * slope, wide_k) * scale
+    grad_k = torch.einsum("bhqk,bqhd->bkhd", weights * slope, q) * scale
+    grad_v = torch.einsum("bhqk,bqhd->bkhd", weights, grad)
+    return grad_q, *(x.unflatten(2, (-1, repeats)).sum(3) for x in (grad_k, grad_v))
+
+
+PLAIN_KERNEL = Kernel(
+    _plain_forward, _plain_backward, device="cpu", dtypes=(torch.float64, torch.float32, torch.bfloat16)
+)
+"""Does what FlashAttention does, on CPUs and in any dtype: it stands in for it wherever there is no CUDA."""
 
 
 # ---------------------------------------------------------------- groups of tokens

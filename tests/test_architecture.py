@@ -18,9 +18,10 @@ from lace_lightning.traces.template import Segment
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/architecture.md").read_text()
 
-MECHANISM = ("lattice", "exchange", "backbone", "threaded_lm", "adapter", "decoding")
+MECHANISM = ("lattice", "exchange", "packing", "backbone", "compiled_layers", "linear_cross_entropy", "threaded_lm")
+MECHANISM += ("adapter", "decoding", "engine")
 DATA = ("traces", "tasks", "puzzles", "verification")
-MEASUREMENT = ("embedding", "diversity", "rewards", "policy_loss", "metrics", "figures", "rendering")
+MEASUREMENT = ("embedding", "diversity", "rewards", "policy_loss", "metrics", "figures", "rendering", "bench")
 ABOVE = {
     "datamodules": {"modules", "callbacks", "cli"},
     "modules": {"callbacks", "cli"},
@@ -56,8 +57,11 @@ import pkgutil, sys
 from importlib import import_module
 for name in {MECHANISM + DATA + MEASUREMENT}:
     module = import_module("lace_lightning." + name)
-    for part in pkgutil.iter_modules(getattr(module, "__path__", []), module.__name__ + "."):
-        import_module(part.name)
+    for part in pkgutil.walk_packages(getattr(module, "__path__", []), module.__name__ + "."):
+        try:
+            import_module(part.name)
+        except ModuleNotFoundError as error:
+            assert error.name == "triton" and ".engine." in part.name, error  # it comes with torch for CUDA
     loaded = {{"lightning", "lightning_fabric", "pytorch_lightning", "mlflow"}} & set(sys.modules)
     assert not loaded, f"lace_lightning.{{name}} loads {{loaded}}"
 """

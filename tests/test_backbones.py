@@ -4,6 +4,7 @@ import copy
 import json
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -322,6 +323,56 @@ def test_read_records_nothing_in_other_passes_and_changes_no_logits():
     model.read(tokens.input_ids, tokens.attention_mask, tokens.prompt_length)
     assert torch.equal(tokens.logits(model), before)
     assert model.lattice(tokens.attention_mask).readings is None
+
+
+# ---------------------------------------------------------------- FlashAttention in the backbone
+
+
+def plain_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, **options: Any) -> torch.Tensor:
+    """What ``flash_attn_func`` does for (rows, columns, heads, width)."""
+    assert causal
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    window = options.get("window_size", (-1, -1))[0]
+    query, key = torch.arange(q.shape[1])[:, None], torch.arange(q.shape[1])[None]
+    allowed = (key <= query) & ((key >= query - window) if window >= 0 else True)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scale = options["softmax_scale"]
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale).transpose(1, 2)
+
+
+def plain_flash_varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, **options: Any
+) -> torch.Tensor:
+    """What ``flash_attn_varlen_func`` does for rows of different lengths, one behind the other."""
+    lengths = cu_seqlens_q.diff().tolist()
+    rows = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+    return torch.cat([plain_flash(*(x[None] for x in row), **options)[0] for row in rows])
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+@pytest.mark.parametrize("backbone", ["qwen3", "mistral"])
+def test_flash_attention_in_the_backbone_gives_the_logits_of_sdpa(backbone, version, monkeypatch):
+    """With padding, waiting columns and sliding windows; the package itself is replaced, transformers' part is real."""
+    library, name = transformers.modeling_flash_attention_utils, f"flash_attention_{version}"
+
+    def functions(implementation: str | None) -> Any:
+        assert implementation == name
+        process = library._lazy_define_process_function(signature_of_flash)
+        plain = (plain_flash, plain_flash_varlen, None, library._pad_input, library._unpad_input)
+        return plain, (process, process)
+
+    monkeypatch.setattr(library, "lazy_import_flash_attention", functions)
+    base = tiny_backbone(backbone)
+    base.config._attn_implementation_internal = name
+    model = wake(ThreadedLM(base, EXCHANGES["causal"], 3, [1, 2]).eval())
+    expected, tokens = tiny_lm(EXCHANGES["causal"], backbone), ragged_groups()
+    real = tokens.attention_mask
+    wake(expected)
+    torch.testing.assert_close(tokens.logits(model)[real], tokens.logits(expected)[real], rtol=0, atol=1e-4)
+
+
+def signature_of_flash(dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), deterministic=False):
+    """The options that transformers looks for."""
 
 
 # ---------------------------------------------------------------- log-probabilities

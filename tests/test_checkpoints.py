@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import random
@@ -33,6 +34,7 @@ from lace_lightning.modules import (
     SupervisedFinetuning,
     ThreadedModule,
 )
+from lace_lightning.modules.base import SETTINGS
 from lace_lightning.rewards import AccuracyReward
 from tests.stage_helpers import (
     FAST,
@@ -264,6 +266,18 @@ def test_resuming_under_another_setting_names_it_and_both_values(files, changed,
     ):
         quiet_trainer(max_steps=2, callbacks=[start]).fit(module, trace_data(), ckpt_path=files["sft"])
     assert_same(values(module), start.values)
+
+
+def test_a_setting_younger_than_the_checkpoint_was_at_its_default(files, tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(files["sft"])
+    settings = json.loads(checkpoint[SETTINGS])
+    for name in ("spec.compile", "spec.exchange.backend", "optimizer.schedule"):
+        del settings[name]
+    torch.save(checkpoint | {SETTINGS: json.dumps(settings)}, tmp_path / "old.ckpt")
+    pre = [str(files["pre"])]
+    resume(SupervisedFinetuning(spec(), FAST, init_from=pre), tmp_path / "old.ckpt")
+    with pytest.raises(CheckpointError, match=r"model\.spec\.compile was False and is True\."):
+        resume(SupervisedFinetuning(spec(compile=True), FAST, init_from=pre), tmp_path / "old.ckpt")
 
 
 class Start(Recorder):

@@ -41,7 +41,7 @@ def test_help_names_every_command_and_leaves_heavy_packages_unimported():
     assert all(f"\n  {name} " in done.stdout for name in [*STAGES, *TOOLS])
 
 
-@pytest.mark.parametrize("tool", ["init", "generate", "ui", "sync"])
+@pytest.mark.parametrize("tool", ["init", "generate", "bench", "ui", "sync"])
 def test_help_of_a_tool_leaves_torch_unimported(tool):
     script = (
         "import sys\n"

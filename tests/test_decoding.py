@@ -11,6 +11,7 @@ from torch import Tensor
 from lace_lightning.decoding import (
     FREE,
     Column,
+    Engine,
     Environment,
     GroupDecoder,
     Rollout,
@@ -48,11 +49,17 @@ class Script(Environment):
         return forced
 
 
-def decoder(model: ThreadedLM, max_new_tokens: int = 14, opening: list[int] | None = None, **sampling) -> GroupDecoder:
-    return GroupDecoder(model, Sampling(**sampling), max_new_tokens, EOS, PAD, opening)
+def decoder(
+    model: ThreadedLM,
+    max_new_tokens: int = 14,
+    opening: list[int] | None = None,
+    engine: Engine = "auto",
+    **sampling,
+) -> GroupDecoder:
+    return GroupDecoder(model, Sampling(**sampling), max_new_tokens, EOS, PAD, opening, engine)
 
 
-def eventful(model: ThreadedLM, **sampling) -> Rollout:
+def eventful(model: ThreadedLM, engine: Engine = "auto", **sampling) -> Rollout:
     """Three groups with prompts of 3, 5 and 1 tokens: forced tokens, waits at the barrier, early ends, the limit."""
     script = Script(
         [
@@ -61,7 +68,7 @@ def eventful(model: ThreadedLM, **sampling) -> Rollout:
             [[24, 25], [None, EOS[1]], [None] * 4 + [26]],
         ]
     )
-    return decoder(model, opening=OPENING, **sampling).decode(PROMPTS, 3, [11, 12, 13], script)
+    return decoder(model, opening=OPENING, engine=engine, **sampling).decode(PROMPTS, 3, [11, 12, 13], script)
 
 
 def rescored(model: ThreadedLM, rollout: Rollout) -> Tensor:
@@ -69,8 +76,17 @@ def rescored(model: ThreadedLM, rollout: Rollout) -> Tensor:
         return model.token_logprobs(rollout.input_ids, rollout.attention_mask, rollout.chosen, rollout.prompt_length)
 
 
-def test_the_eventful_rollout_has_all_events():
-    rollout = eventful(lm_of(CASES[0]))
+def has_fast_engine(case: Case) -> bool:
+    return case.backbone in ("qwen3", "llama") and "on-prompt" not in case.exchange
+
+
+ON_ENGINES = [(case, "plain") for case in CASES if case.backend != "flex"]
+ON_ENGINES += [(case, "fast") for case, _ in ON_ENGINES if has_fast_engine(case)]
+
+
+@pytest.mark.parametrize("engine", ["plain", "fast"])
+def test_the_eventful_rollout_has_all_events(engine):
+    rollout = eventful(lm_of(CASES[0]), engine)
     response = rollout.attention_mask[..., rollout.prompt_length :]
     assert not rollout.attention_mask[..., : rollout.prompt_length].all(), "no padded prompt"
     resumed = (~response[..., :-1] & response[..., 1:]).any(-1)
@@ -83,10 +99,10 @@ def test_the_eventful_rollout_has_all_events():
 # ---------------------------------------------------------------- 4. decode = train
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.backend != "flex"], ids=str)
-def test_cached_decoding_gives_the_logprobs_of_one_full_forward_pass(case):
+@pytest.mark.parametrize("case, engine", ON_ENGINES, ids=str)
+def test_cached_decoding_gives_the_logprobs_of_one_full_forward_pass(case, engine):
     model = lm_of(case)
-    rollout = eventful(model)
+    rollout = eventful(model, engine)
     assert (rescored(model, rollout) - rollout.logprobs).abs().max() < CLOSE
     assert torch.equal(rollout.logprobs != 0, rollout.chosen)
 
@@ -98,12 +114,13 @@ def test_cached_decoding_on_flex_gives_the_logprobs_of_one_full_forward_pass():
     assert (rescored(model, rollout) - rollout.logprobs).abs().max() < CLOSE
 
 
-def test_every_column_comes_from_the_logits_of_a_full_forward_pass_over_what_stood_before(monkeypatch):
+@pytest.mark.parametrize("engine", ["plain", "fast"])
+def test_every_column_comes_from_the_logits_of_a_full_forward_pass_over_what_stood_before(engine, monkeypatch):
     """All logits, not only those of drawn tokens; a waiting thread keeps those of its last token."""
     model, seen = lm_of(CASES[0]), []
     draw = Sampling.draw
     monkeypatch.setattr(Sampling, "draw", lambda self, logits, u: (seen.append(logits), draw(self, logits, u))[1])
-    rollout = eventful(model)
+    rollout = eventful(model, engine)
     full = Tokens(rollout.input_ids, rollout.attention_mask, rollout.prompt_length).logits(model)
     for time, logits in enumerate(seen):
         column = rollout.prompt_length + time
@@ -118,16 +135,24 @@ def test_temperature_does_not_change_the_logprobs_that_are_recorded():
     assert (rescored(model, rollout) - rollout.logprobs).abs().max() < CLOSE
 
 
-@pytest.mark.parametrize("exchange, rows", [("causal", len(PROMPTS)), ("on-prompt", 3 * len(PROMPTS))])
-def test_the_prompt_is_computed_once_per_group_unless_threads_exchange_on_it(exchange, rows):
+@pytest.mark.parametrize(
+    "exchange, engine, rows",
+    [
+        ("causal", "plain", len(PROMPTS)),
+        ("causal", "fast", len(PROMPTS)),
+        ("on-prompt", "plain", 3 * len(PROMPTS)),
+    ],
+)
+def test_the_prompt_is_computed_once_per_group_unless_threads_exchange_on_it(exchange, engine, rows):
+    """What passes through the Hugging Face model: on the fast engine nothing but the prompt."""
     model, shapes = lm_of(Case("qwen3", "sdpa", exchange, "sdpa")), []
     hook = model.backbone.get_input_embeddings().register_forward_hook(
         lambda m, a, o: shapes.append(tuple(o.shape[:2]))
     )
-    eventful(model)
+    eventful(model, engine)
     hook.remove()
     assert shapes[0] == (rows, 5)
-    assert set(shapes[1:]) == {(9, 1)}
+    assert set(shapes[1:]) == ({(9, 1)} if engine == "plain" else set())
 
 
 # ---------------------------------------------------------------- who writes when
@@ -427,8 +452,8 @@ def test_a_tokenizer_without_end_token_or_opening_is_refused(writer, tokenizer):
 
 
 def test_make_decoder_takes_its_rules_from_tokenizer_and_template(writer, tokenizer):
-    rules = make_decoder(writer, tokenizer, TEMPLATE, 4, Sampling())
-    assert (rules.eos_ids, rules.pad_id) == ([2], 0)
-    assert rules.opening_ids == tokenizer.convert_tokens_to_ids(["assess", ":"])
-    assert make_decoder(writer, tokenizer, TEMPLATE, 4, Sampling(), barrier=False).opening_ids == []
+    rules = make_decoder(writer, tokenizer, TEMPLATE, 4, Sampling()).rules
+    assert (rules.eos_ids, rules.pad_id) == ((2,), 0)
+    assert list(rules.opening_ids) == tokenizer.convert_tokens_to_ids(["assess", ":"])
+    assert make_decoder(writer, tokenizer, TEMPLATE, 4, Sampling(), barrier=False).rules.opening_ids == ()
     assert group_seed(0, "w0", 0) != group_seed(0, "w0", 1)

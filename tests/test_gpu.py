@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from lace_lightning.compiled_layers import compile_layers
 from lace_lightning.decoding import GroupDecoder, Sampling
 from lace_lightning.decoding.random import uniform
-from lace_lightning.exchange import LatticeAttentionConfig
-from lace_lightning.lattice import LatticeCache
+from lace_lightning.exchange import Geometry, LatticeAttentionConfig, backends, flash
+from lace_lightning.lattice import Lattice, LatticeCache, LatticeMask, Topology
+from lace_lightning.linear_cross_entropy import linear_cross_entropy
 from lace_lightning.threaded_lm import ThreadedLM
 from tests.helpers import EXCHANGES, Tokens, influence, ragged_groups, random_ids, tiny_backbone, wake
 from tests.test_lattice_attention import WIDTH, apply, assert_same, build, values_and_gradients
@@ -62,10 +64,44 @@ def compare(config: LatticeAttentionConfig, dtype: torch.dtype, columns: int = 7
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("backend", ["eager", "sdpa", "flex"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "pointwise", "flex"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_backends_equal_float64_in_values_and_gradients(config, backend, dtype):
     compare(replace(config, backend=backend), dtype)
+
+
+@pytest.fixture(params=["torch", "flash-attn-4"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each kernel of FlashAttention that is installed."""
+    if request.param == "flash-attn-4" and flash.INSTALLED != "flash-attn-4":
+        pytest.skip("flash-attn-4 is not installed")
+    monkeypatch.setattr(flash, "INSTALLED", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("columns", [75, 300])
+@pytest.mark.parametrize("config", [c for c in CONFIGS.values() if c.scope != "aligned"], ids=lambda c: c.scope + c.own)
+def test_flash_equals_float64_in_values_and_gradients(config, columns, kernel):
+    compare(replace(config, backend="flash"), torch.bfloat16, columns)
+
+
+@pytest.mark.parametrize("width", [32, 64, 128, 256], ids=lambda width: f"head-width-{width // 2}")
+def test_flash_takes_many_head_widths(width, kernel):
+    compare(LatticeAttentionConfig(width=width, heads=2, backend="flash"), torch.bfloat16)
+
+
+def test_flash_reads_all_visible_lattices_without_a_wider_head(kernel):
+    """No padded head: the kernel sees the plain width, and agrees with float64 attention."""
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 2, 4 * 200, 32, device="cuda").bfloat16().unbind(0))
+    mask = LatticeMask(Topology(), 4, torch.ones(1, 800, dtype=torch.bool, device="cuda"), 0, 800)
+    grad = torch.randn_like(q)
+    out = backends.BACKENDS["flash"].attend(q, k, v, mask)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = backends.eager(*exact, mask)
+    found = (out, *torch.autograd.grad(out, (q, k, v), grad))
+    true = (expected, *torch.autograd.grad(expected, exact, grad.double()))
+    for one, other in zip(found, true, strict=True):
+        assert (one.double() - other).norm() < 0.02 * other.norm()
 
 
 @pytest.mark.parametrize("heads", [2, 4, 8], ids=lambda heads: f"head-width-{32 // heads}")
@@ -73,19 +109,38 @@ def test_auto_runs_long_lattices_whatever_the_head_width(heads):
     compare(LatticeAttentionConfig(width=32, heads=heads), torch.float32, columns=300)
 
 
+@pytest.mark.parametrize(
+    "topology, columns, name",
+    [
+        (Topology("aligned"), 2048, "pointwise"),
+        (Topology("aligned"), 8, "sdpa"),
+        (Topology(), 8, "sdpa"),
+        (Topology(), 2048, "flash" if flash.INSTALLED == "flash-attn-4" else "flex"),
+    ],
+)
+def test_auto_takes_the_fastest(topology, columns, name):
+    model = LatticeAttentionConfig(scope=topology.scope).build(Geometry(64, 64, torch.bfloat16, torch.device("cuda")))
+    lattice = Lattice({0: model}, torch.ones(2, 4, columns, dtype=torch.bool, device="cuda"))
+    mask = lattice.mask(topology)
+    assert backends.choose("auto", mask, backends.Heads(4, 32, torch.bfloat16)) is backends.BACKENDS[name]
+    model.prepare(lattice)
+    assert mask.made or mask._dense is not None
+
+
 def test_flex_stays_compiled_over_many_lengths():
     """Batches of a training run differ in length: falling back to the uncompiled kernel would be silent and slow."""
+    backends._compiled_flex.cache_clear()
     block = build(replace(CONFIGS["causal"], backend="flex"), torch.float32, "cuda")
     exact = build(replace(CONFIGS["causal"], backend="eager"), torch.float32, "cuda")
     torch._dynamo.reset()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True), torch.no_grad():
-        for columns in range(40, 52):
+        for columns in (*range(40, 52), 64, 96, 100, 128, 200, 201, 300):
             hidden, visible = (x.cuda() for x in long_input(columns))
             found, expected = (apply(b, hidden.float(), visible) for b in (block, exact))
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["eager", "sdpa", "flex"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "flex", "flash"])
 def test_queries_that_may_read_nothing_get_exactly_zero_and_no_gradient(backend):
     config = LatticeAttentionConfig(width=32, heads=2, own="exclude", backend=backend)
     block = build(config, torch.bfloat16, "cuda")
@@ -127,7 +182,7 @@ def test_a_fresh_exchange_gives_the_logits_of_the_bare_model_bitwise(backbone, d
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("backend", ["eager", "sdpa", "flex"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "flex", "flash"])
 def test_no_future_and_no_neighbour(backend, dtype):
     model = cuda_lm(replace(CONFIGS["causal"], backend=backend), dtype)
     tokens = ragged_groups().to("cuda")
@@ -193,6 +248,49 @@ def test_a_model_compiled_by_inductor_keeps_loss_and_gradients():
     torch.testing.assert_close(compiled_loss, loss, rtol=1e-4, atol=1e-4)
     for found, expected in zip(compiled, gradients, strict=True):
         assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("backend", ["sdpa", "flex", "flash"])
+def test_layers_compiled_by_inductor_keep_loss_and_gradients_at_every_length(backend, checkpointing):
+    """bfloat16 with fused steps rounds elsewhere: the norm of a gradient's difference counts."""
+    model = cuda_lm(replace(CONFIGS["causal"], backend=backend), "bfloat16").train()
+    torch._dynamo.reset()
+
+    def loss_and_gradients(columns: int) -> tuple[Tensor, Tensor]:
+        model.zero_grad()
+        ids = random_ids(2, 3, columns, seed=columns).cuda()
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        mask[0, 1, columns // 2 :] = False
+        loss = model.mean_nll(ids, mask, mask, prompt_length=4)
+        loss.backward()
+        return loss.detach(), torch.cat([p.grad.flatten().float() for p in model.parameters()])
+
+    lengths = (40, 60, 150, 97)
+    expected = [loss_and_gradients(columns) for columns in lengths]
+    if checkpointing:
+        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    compile_layers(model.backbone)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for columns, (loss, gradient) in zip(lengths, expected, strict=True):
+            compiled_loss, compiled = loss_and_gradients(columns)
+            torch.testing.assert_close(compiled_loss, loss, rtol=0.02, atol=0.02)
+            assert (compiled - gradient).norm() < 0.1 * gradient.norm()
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_the_fused_cross_entropy_is_that_of_float64_logits(softcap):
+    hidden, weight = (torch.randn(*shape, device="cuda").bfloat16() for shape in ((300, 64), (1000, 64)))
+    tokens, weights = torch.randint(1000, (300,), device="cuda"), torch.rand(300, device="cuda")
+    tensors = [x.requires_grad_() for x in (hidden, weight)]
+    loss = linear_cross_entropy(hidden, weight, tokens, weights, softcap, chunk_size=128)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    logits = exact[0] @ exact[1].T
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = (torch.nn.functional.cross_entropy(logits, tokens, reduction="none") * weights).sum()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-2, atol=0)
+    for one, other in zip(torch.autograd.grad(loss, tensors), torch.autograd.grad(expected, exact), strict=True):
+        assert (one.double() - other).norm() < 0.02 * other.norm()
 
 
 def test_groups_of_different_prompts_decode_alike_alone_and_together():

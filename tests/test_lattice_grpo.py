@@ -13,7 +13,7 @@ from torch import Tensor
 from lace_lightning.decoding import Group, Rollout
 from lace_lightning.embedding import NgramEmbedder
 from lace_lightning.modules import LatticeGRPO, OptimizerSpec
-from lace_lightning.modules.base import NonFiniteLossError
+from lace_lightning.modules.base import NonFiniteLossError, ThreadedModule
 from lace_lightning.policy_loss import PolicyLoss
 from lace_lightning.rewards import DiversityReward, FormatReward, Reward
 from lace_lightning.tasks import Verdict
@@ -89,7 +89,7 @@ def gradient_of(module: LatticeGRPO, rollout: Rollout, advantages: Tensor, **cha
     groups = torch.arange(len(advantages))
     weights = module.loss.token_weights(rollout.chosen, module.rollout.max_new_tokens)
     reference = module._score_all(module._reference[0], rollout) if module._reference else None
-    module._backward(rollout, groups, advantages, weights, None, reference)
+    module._backward(rollout, groups, advantages, weights, None, reference, [])
     return {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
 
 
@@ -172,6 +172,24 @@ def test_microbatches_have_the_gradient_of_the_whole_batch(loss: PolicyLoss) -> 
     whole = gradient_of(module, rollout, advantages)
     for size in (1, 3, 4):
         assert_close(whole, gradient_of(module, rollout, advantages, microbatch_size=size))
+
+
+def test_cpus_take_few_groups_at_once_with_the_gradient_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = awake()
+    rollout, advantages = sampled(module)
+    whole, sizes, score = gradient_of(module, rollout, advantages), [], LatticeGRPO._score
+
+    def noted(self: LatticeGRPO, model: Any, rollout: Rollout, groups: Tensor) -> Tensor:
+        sizes.append(len(groups))
+        return score(self, model, rollout, groups)
+
+    monkeypatch.setattr(LatticeGRPO, "_score", noted)
+    tokens = rollout.input_ids[0].numel()
+    for limit, largest in ((10 * tokens, len(advantages)), (2 * tokens, 2), (1, 1)):
+        sizes.clear()
+        monkeypatch.setattr("lace_lightning.modules.lattice_grpo.CPU_TOKENS", limit)
+        assert_close(whole, gradient_of(module, rollout, advantages))
+        assert max(sizes) <= largest and len(sizes) >= (advantages != 0).sum() / largest
 
 
 def test_groups_without_advantage_are_not_computed_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,6 +433,25 @@ def test_bad_options_are_named(options: dict[str, Any], named: str) -> None:
         grpo(**options)
 
 
+@pytest.mark.parametrize("passes", [1, 3])
+def test_gaps_between_sampling_and_training_are_those_before_any_update(monkeypatch, passes: int) -> None:
+    """One recorded log-probability is half a nat off; the others are off by rounding, whatever the updates do later."""
+    counts = []
+
+    def sample(self: LatticeGRPO, *args: Any) -> Any:
+        sampled = ThreadedModule.sample(self, *args)
+        place = tuple(sampled.rollout.chosen.nonzero()[7])
+        sampled.rollout.logprobs[place] += 0.5
+        counts.append(sampled.rollout.chosen.sum().item())
+        return sampled
+
+    monkeypatch.setattr(LatticeGRPO, "sample", sample)
+    module = grpo(passes=passes, rewards=[Numbers()], optimizer=OptimizerSpec(lr=0.1), microbatch_size=2)
+    logged = fitted(module, problem_data(), max_steps=passes).callback_metrics
+    assert logged["rollout/logprob_gap_max"].item() == pytest.approx(0.5, abs=1e-4)
+    assert logged["rollout/logprob_gap_mean"].item() == pytest.approx(0.5 / counts[0], abs=1e-4)
+
+
 def test_logged_names_are_documented_and_rewards_stand_by_their_names() -> None:
     rewards = [Threes(), FormatReward(), DiversityReward(NgramEmbedder(), weight=0.5)]
     trainer = fitted(grpo(rewards=rewards, loss=PolicyLoss(kl_weight=0.1)), problem_data(), max_steps=1)
@@ -422,6 +459,7 @@ def test_logged_names_are_documented_and_rewards_stand_by_their_names() -> None:
     expected = {
         *("reward/threes", "reward/format", "reward/diversity", "reward/total", "reward/tied_problems"),
         *("policy/loss", "policy/clipped", "policy/entropy", "policy/kl", "rollout/tokens", "rollout/truncated"),
+        *("rollout/logprob_gap_mean", "rollout/logprob_gap_max"),
         *("time/rollout", "time/reward", "time/update", "train/reward"),
     }
     assert set(logged) == expected

@@ -55,6 +55,22 @@ def test_matrices_decay_and_vectors_do_not() -> None:
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(matrix), id(vector)}
 
 
+def test_steps_are_those_of_adamw() -> None:
+    """The formula of Loshchilov and Hutter (arXiv 1711.05101, Algorithm 2), in float64."""
+    lr, decay, (beta1, beta2), eps = 0.1, 0.2, (0.8, 0.9), 1e-8
+    parameter = nn.Parameter(torch.randn(3, 4, dtype=torch.float64))
+    optimizer, _ = OptimizerSpec(lr=lr, weight_decay=decay, betas=(beta1, beta2)).build([parameter], 10)
+    expected, m, v = parameter.detach().clone(), torch.zeros(3, 4), torch.zeros(3, 4)
+    for step in range(1, 5):
+        gradient = torch.randn(3, 4, dtype=torch.float64)
+        m, v = beta1 * m + (1 - beta1) * gradient, beta2 * v + (1 - beta2) * gradient**2
+        adam = (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + eps)
+        expected -= lr * (adam + decay * expected)
+        parameter.grad = gradient
+        optimizer.step()
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

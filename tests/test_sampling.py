@@ -1,9 +1,16 @@
-"""Sampling against a naive reference, and the counter-based random numbers that feed it."""
+"""Sampling against transformers' logits warpers, and the counter-based random numbers that feed it."""
 
 import math
 
 import pytest
 import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from lace_lightning.decoding import Sampling, group_seed
 from lace_lightning.decoding.random import uniform
@@ -81,24 +88,14 @@ def test_group_seeds_are_stable_and_tell_their_parts_apart():
 # ---------------------------------------------------------------- truncation
 
 
-def naive_probabilities(logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float) -> list[float]:
-    """Each rule picks its tokens from the full distribution; what all of them picked is renormalised."""
-    exps = [math.exp((x - max(logits)) / temperature) for x in logits]
-    probs = [e / sum(exps) for e in exps]
-    ranked = sorted(range(len(probs)), key=lambda i: -probs[i])
-    kept = set(ranked)
-    if top_k:
-        kept &= set(ranked[:top_k])
-    nucleus, mass = set(), 0.0
-    for token in ranked:
-        if mass >= top_p:
-            break
-        nucleus.add(token)
-        mass += probs[token]
-    kept &= nucleus if top_p < 1 else kept
-    kept &= {i for i in ranked if probs[i] >= min_p * max(probs)}
-    total = sum(probs[i] for i in kept)
-    return [probs[i] / total if i in kept else 0.0 for i in range(len(probs))]
+def transformers_probabilities(
+    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+) -> torch.Tensor:
+    """Each rule takes what the one before left, in the order of transformers' ``generate``."""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    warpers += [TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [TopPLogitsWarper(top_p), MinPLogitsWarper(min_p)]
+    return warpers(torch.zeros(len(logits), 1, dtype=torch.long), logits.double()).softmax(-1)
 
 
 SETTINGS = [
@@ -111,27 +108,35 @@ SETTINGS = [
     dict(temperature=1.0, top_k=0, top_p=1e-6, min_p=0.0),
     dict(temperature=0.8, top_k=0, top_p=1.0, min_p=0.2),
     dict(temperature=1.0, top_k=0, top_p=1.0, min_p=1.0),
+    dict(temperature=1.0, top_k=3, top_p=0.7, min_p=0.0),
     dict(temperature=1.3, top_k=12, top_p=0.9, min_p=0.05),
 ]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_truncation_equals_the_naive_reference(settings):
+def test_truncation_equals_transformers_warpers(settings):
     logits = torch.randn(20, 30) * 2
     found = Sampling(**settings).probabilities(logits)
-    expected = torch.tensor([naive_probabilities(row, **settings) for row in logits.tolist()])
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    expected = transformers_probabilities(logits, **settings)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
     assert torch.equal(found == 0, expected == 0)
 
 
-@pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[2], SETTINGS[9]], ids=str)
+def test_top_p_counts_the_mass_that_top_k_left():
+    """Of 0.4, 0.3, 0.2, 0.1 top_k leaves 4/7 and 3/7; the first alone reaches p = 0.5, which 0.4 would not."""
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    found = Sampling(top_k=2, top_p=0.5).probabilities(logits)
+    torch.testing.assert_close(found, torch.tensor([0.0, 1.0, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[2], SETTINGS[-1]], ids=str)
 def test_tokens_are_drawn_as_often_as_they_are_probable(settings):
     sampling, draws = Sampling(**settings), 40_000
     logits = torch.randn(30) * 1.5
     numbers = uniform(torch.arange(draws), 1, 3)[:, 0]
     tokens = sampling.draw(logits.expand(draws, -1), numbers)
     counts = torch.bincount(tokens, minlength=30).double()
-    expected = torch.tensor(naive_probabilities(logits.tolist(), **settings), dtype=torch.float64) * draws
+    expected = transformers_probabilities(logits[None], **settings)[0] * draws
     assert not counts[expected == 0].any()
     likely = expected > 5
     chi_square = ((counts - expected)[likely] ** 2 / expected[likely]).sum().item()

@@ -117,6 +117,25 @@ def test_each_stage_changes_what_it_says_and_nothing_else(stage, options: dict, 
     assert changed_names(module) == names(module, *parts)
 
 
+def test_gradients_are_clipped_in_mixed_precision_too() -> None:
+    """Lightning refuses to clip for optimizers that unscale gradients by themselves, and takes fused ones for such."""
+
+    class Norm(Recorder):
+        def on_before_zero_grad(self, trainer, pl_module, optimizer) -> None:
+            gradients = [p.grad.flatten() for p in pl_module.parameters() if p.grad is not None]
+            self.outputs += [torch.cat(gradients).norm().item()] if gradients else []
+
+    norm = Norm()
+    fitted(
+        SupervisedFinetuning(spec(), FAST),
+        trace_data(),
+        precision="bf16-mixed",
+        gradient_clip_val=0.01,
+        callbacks=[norm],
+    )
+    assert [n for n in norm.outputs if isinstance(n, float)] == pytest.approx([0.01], rel=1e-3)
+
+
 def test_pretraining_lowers_its_loss() -> None:
     recorder = Recorder()
     module = BackbonePretraining(spec(Isolated(), num_threads=1), FAST)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lace_lightning.cli.counts import natural, positive
 from lace_lightning.cli.main import explain
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the problem's text")
     parser.add_argument(
-        "--problem", type=_count, metavar="INDEX", help="instead: a test problem of the run's task, from 0"
+        "--problem", type=natural, metavar="INDEX", help="instead: a test problem of the run's task, from 0"
     )
 
     source = parser.add_argument_group("model (one of --model, --run, --config)")
@@ -61,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--ckpt", metavar="FILE", help="with --run or --config: the checkpoint to use")
 
     decoding = parser.add_argument_group("decoding (default: the run's validation settings; with --model in brackets)")
-    decoding.add_argument("--threads", type=_positive, metavar="N", help="threads of the group (4)")
-    decoding.add_argument("--max-new-tokens", type=_positive, metavar="COUNT", help="most tokens of a thread (256)")
+    decoding.add_argument("--threads", type=positive, metavar="N", help="threads of the group (4)")
+    decoding.add_argument("--max-new-tokens", type=positive, metavar="COUNT", help="most tokens of a thread (256)")
     decoding.add_argument("--temperature", type=float, help="0 takes the most probable token (1)")
     decoding.add_argument("--top-p", type=float, help="keep the most probable tokens up to this mass (1)")
     decoding.add_argument("--top-k", type=int, help="keep so many tokens; 0 keeps all (0)")
@@ -92,18 +93,6 @@ def _check(given: argparse.Namespace) -> None:
         raise ValueError(f"--problem {given.problem} needs a run, whose task has problems: use --run, or give a PROMPT")
 
 
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 0")
-    return int(text)
-
-
 def _play(request: Request, plain: bool) -> int:
     """Decode and show one group."""
     from lace_lightning.cli.outcome import Outcome
@@ -111,7 +100,7 @@ def _play(request: Request, plain: bool) -> int:
     from lace_lightning.decoding import to_groups
 
     prompt, environment, decoder = request.prompt_ids(), request.environment(), request.decoder()
-    transcript = Transcript(request.num_threads, request.tokenizer, decoder.eos_ids)
+    transcript = Transcript(request.num_threads, request.tokenizer, decoder.rules.eos_ids)
     with _view(transcript, request.problem.text, plain) as view:
         try:
             rollout = decoder.decode(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from lace_lightning.decoding import GroupDecoder, Sampling, group_seed, make_decoder
+from lace_lightning.decoding import Engine, GroupDecoder, Sampling, group_seed, make_decoder
 from lace_lightning.tasks import Puzzle, Task
 from lace_lightning.threaded_lm import ThreadedLM
 from lace_lightning.traces.schema import Problem
@@ -38,6 +38,7 @@ class Request:
         problem: what is asked.
         seed: the group's seed.
         num_threads, max_new_tokens, sampling, barrier: rules of decoding.
+        engine: what computes the columns.
         template: spelling of prompt and assessment.
         task: plays and judges the problem; None if only its text is known.
     """
@@ -49,6 +50,7 @@ class Request:
     max_new_tokens: int
     sampling: Sampling
     barrier: bool = True
+    engine: Engine = "auto"
     template: Template = Template()
     task: Task | None = None
 
@@ -71,7 +73,8 @@ class Request:
     def decoder(self) -> GroupDecoder:
         """The rules of decoding, with the model on the fastest device here."""
         self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        return make_decoder(self.model, self.tokenizer, self.template, self.max_new_tokens, self.sampling, self.barrier)
+        rules = (self.max_new_tokens, self.sampling, self.barrier, self.engine)
+        return make_decoder(self.model, self.tokenizer, self.template, *rules)
 
     def environment(self) -> Environment | None:
         """What answers the threads' actions.
@@ -153,6 +156,7 @@ def _from_run(given: argparse.Namespace) -> Request:
         max_new_tokens=_or_else(given.max_new_tokens, min(decoding.max_new_tokens, room)),
         sampling=_sampling(given, decoding.sampling),
         barrier=decoding.barrier,
+        engine=decoding.engine,
         template=data.task.template,
         task=data.task,
     )

@@ -73,6 +73,7 @@ def build(arguments: Sequence[str], run: bool = True, callbacks: Sequence[Callba
         ArgumentError: an option or a key of a config is unknown, or its value is of a wrong type.
     """
     _quieten()
+    _show_choices()
     raise_errors = {"exit_on_error": False}
     return LaceCLI(
         ThreadedModule,
@@ -102,3 +103,11 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # config.yaml is there
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     tips.addFilter(lambda record: "litlogger" not in record.getMessage())
+
+
+def _show_choices() -> None:
+    """Say which attention backend was chosen, where Lightning says what it chose."""
+    choices = logging.getLogger("lace_lightning.exchange")
+    choices.setLevel(logging.INFO)
+    for handler in logging.getLogger("lightning.pytorch").handlers:
+        choices.addHandler(handler)  # a handler that is there already is not added again

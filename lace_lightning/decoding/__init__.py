@@ -1,6 +1,6 @@
 """Group decoding: N threads of B groups, one column at a time."""
 
-from lace_lightning.decoding.decoder import Decoding, GroupDecoder
+from lace_lightning.decoding.decoder import Decoding, Engine, GroupDecoder
 from lace_lightning.decoding.environment import FREE, Environment
 from lace_lightning.decoding.group import Group, Rollout, Thread
 from lace_lightning.decoding.random import group_seed
@@ -12,6 +12,7 @@ __all__ = [
     "FREE",
     "Column",
     "Decoding",
+    "Engine",
     "Environment",
     "Group",
     "GroupDecoder",

@@ -122,11 +122,13 @@ class GroupDecoder:
             from lace_lightning.engine.graphs import GraphDecoding
 
             return GraphDecoding(self, prompt_ids, prompt_mask, num_threads, seed_tensor)
-        steps: Steps = PlainSteps(self.model, prompt_ids, prompt_mask, num_threads)
+        steps: Steps
         if self._is_fast:
             from lace_lightning.engine.steps import FastSteps
 
             steps = FastSteps(self.model, prompt_ids, prompt_mask, num_threads, self.max_new_tokens)
+        else:
+            steps = PlainSteps(self.model, prompt_ids, prompt_mask, num_threads)
         return _SteppedDecoding(self, steps, prompt_ids, prompt_mask, num_threads, seed_tensor)
 
 

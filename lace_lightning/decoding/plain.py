@@ -1,4 +1,4 @@
-"""The straightforward way to compute columns: the Hugging Face model with growing caches; the fast engine's reference."""
+"""The plain way to compute columns: the Hugging Face model with growing caches; the fast engine's reference."""
 
 from __future__ import annotations
 

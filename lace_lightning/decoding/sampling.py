@@ -12,10 +12,13 @@ from torch import Tensor
 class Sampling:
     """How a thread samples its next token; the defaults sample from the model's own distribution.
 
+    The rules act in this order, each on the renormalised distribution that the one before left, as in transformers and
+    vLLM: ``temperature``, ``top_k``, ``top_p``, ``min_p``.
+
     Args:
         temperature: 0 takes the most probable token.
         top_k: keep the k most probable tokens; 0 keeps all.
-        top_p: keep the smallest set of most probable tokens whose mass reaches p.
+        top_p: keep the smallest set of most probable tokens whose mass reaches p, of the mass that ``top_k`` left.
         min_p: keep tokens at least this fraction as probable as the most probable one.
 
     Raises:
@@ -59,14 +62,19 @@ class Sampling:
         logits = logits.float()
         # Below the largest first: no temperature is too small for float32 then.
         probs = ((logits - logits.amax(-1, keepdim=True)) / self.temperature).softmax(-1)
-        keep = torch.ones_like(probs, dtype=torch.bool)
         if 0 < self.top_k < probs.shape[-1]:
-            keep &= probs >= probs.topk(self.top_k).values[..., -1:]
+            probs = _among(probs, probs >= probs.topk(self.top_k).values[..., -1:])
         if self.top_p < 1:
             ordered, order = probs.sort(descending=True, stable=True)
             # A token stays if the mass before it has not reached p yet: the first one always does.
-            keep &= torch.zeros_like(keep).scatter(-1, order, ordered.cumsum(-1) - ordered < self.top_p)
+            is_kept = ordered.cumsum(-1) - ordered < self.top_p
+            probs = _among(probs, torch.zeros_like(is_kept).scatter(-1, order, is_kept))
         if self.min_p > 0:
-            keep &= probs >= self.min_p * probs.amax(-1, keepdim=True)
-        probs = probs.masked_fill(~keep, 0.0)
-        return probs / probs.sum(-1, keepdim=True)
+            probs = _among(probs, probs >= self.min_p * probs.amax(-1, keepdim=True))
+        return probs
+
+
+def _among(probs: Tensor, is_kept: Tensor) -> Tensor:
+    """(..., V) probabilities given that the token is one of those kept."""
+    kept = probs.masked_fill(~is_kept, 0.0)
+    return kept / kept.sum(-1, keepdim=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from lace_lightning.decoding.decoder import GroupDecoder
+from lace_lightning.decoding.decoder import Engine, GroupDecoder
 from lace_lightning.decoding.environment import Environment
 from lace_lightning.decoding.group import Group, Rollout, Thread
 from lace_lightning.decoding.random import group_seed
@@ -90,6 +90,7 @@ def make_decoder(
     max_new_tokens: int,
     sampling: Sampling,
     barrier: bool = True,
+    engine: Engine = "auto",
 ) -> GroupDecoder:
     """A decoder with the rules that tokenizer and template imply."""
     eos = tokenizer.eos_token_id
@@ -101,6 +102,7 @@ def make_decoder(
         eos_ids=[] if eos is None else [eos],
         pad_id=eos if pad is None else pad,
         opening_ids=template.encode_opening(tokenizer) if barrier else None,
+        engine=engine,
     )
 
 

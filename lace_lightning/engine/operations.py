@@ -22,7 +22,7 @@ from lace_lightning.decoding.threads import Rules
 from lace_lightning.engine.kernels import attention, elementwise, exchange, linear, sampling
 from lace_lightning.engine.state import GroupState
 from lace_lightning.engine.weights import DecoderWeights, LayerWeights, SidePath
-from lace_lightning.exchange.rotary import rotate
+from lace_lightning.exchange.rotary import Rotation
 
 THIN = 16
 """Most rows for which our own matrix products are used."""
@@ -406,23 +406,19 @@ class _SideBuffers:
 
 
 def _rotary_tables(side: SidePath, columns: int, num_threads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """float32 cosines and signed sines by lattice time (columns, d) and by thread (N, d), read off :func:`rotate`.
+    """float32 cosines and signed sines of :class:`Rotation`, by lattice time (columns, d) and by thread (N, d).
 
-    Turning (1, 0) and (0, 1) shows a pair's angle. A dim that does not turn has cosine 1 and sine 0.
+    A dim that does not turn has cosine 1 and sine 0.
     """
     config, device = side.config, side.w_in.device
-    units = torch.eye(config.dim, device=device)[None, None, None]  # (1, 1, 1, h = d, d)
+    settings = (1, config.dim, *config.rotary_dims, config.rotary_base, torch.float32)
 
-    def tables(times: Tensor, threads: Tensor) -> tuple[Tensor, Tensor]:
-        size = (1, len(times), len(threads), -1, -1)
-        turned = rotate(units.expand(size), times, threads, *config.rotary_dims, config.rotary_base)
-        turned = turned.reshape(-1, config.dim, config.dim)  # row i: where unit i goes
-        cos = turned.diagonal(dim1=-2, dim2=-1)
-        return cos.contiguous(), (turned - torch.diag_embed(cos)).sum(-2)
+    def tables(times: Tensor, threads: int) -> tuple[Tensor, Tensor]:
+        rotation = Rotation.of(times, threads, *settings)
+        return rotation.cos.view(-1, config.dim), rotation.sin.view(-1, config.dim)
 
-    zero = torch.zeros(1, device=device)
-    by_time = tables(torch.arange(columns, device=device), zero)
-    by_thread = tables(zero, torch.arange(num_threads, device=device))
+    by_time = tables(torch.arange(columns, device=device), 1)
+    by_thread = tables(torch.zeros(1, device=device), num_threads)
     return *by_time, *by_thread
 
 

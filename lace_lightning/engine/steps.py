@@ -1,6 +1,8 @@
-"""The engine's step in plain torch, for CPUs: the same numbers as the Hugging Face model, in a third of the operations."""
+"""The engine's step in plain torch, for CPUs: the numbers of the Hugging Face model, in a third of the operations."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +28,10 @@ class FastSteps:
         self._length = prompt_ids.shape[1]  # columns in the caches so far
         self._time = 0
         hidden, cache = read_prompt(model, prompt_ids, prompt_mask)
+        layers: list[Any] = cache.layers
         self._caches = [
-            tuple(_grown(x.repeat_interleave(num_threads, 0), max_new_tokens) for x in (layer.keys, layer.values))
-            for layer in cache.layers
+            [_grown(x.repeat_interleave(num_threads, 0), max_new_tokens) for x in (layer.keys, layer.values)]
+            for layer in layers
         ]
         self._visible = _grown(prompt_mask.repeat_interleave(num_threads, 0)[..., None], max_new_tokens)[..., 0]
         self._positions = prompt_mask.sum(-1).repeat_interleave(num_threads)
@@ -66,12 +69,12 @@ class FastSteps:
     ) -> Tensor:
         h = F.rms_norm(x, x.shape[-1:], layer.input_norm, self._weights.eps)
         out = self._attend(h, index, layer, turn, mask)
-        exchange = lattice.exchanges.get(index)
-        if exchange is not None:
-            out = lattice.apply(exchange, index, out[:, None]).squeeze(1)
+        if (here := lattice.at("attention", index)) is not None:
+            out = here.apply(out[:, None]).squeeze(1)
         x = x + F.linear(out, layer.o)
         h = F.rms_norm(x, x.shape[-1:], layer.mlp_norm, self._weights.eps)
-        return x + F.linear(F.silu(F.linear(h, layer.gate)) * F.linear(h, layer.up), layer.down)
+        x = x + F.linear(F.silu(F.linear(h, layer.gate)) * F.linear(h, layer.up), layer.down)
+        return x if (here := lattice.at("layer", index)) is None else here.apply(x[:, None]).squeeze(1)
 
     def _attend(
         self, h: Tensor, index: int, layer: LayerWeights, turn: tuple[Tensor, Tensor], mask: Tensor | None

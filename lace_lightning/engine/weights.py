@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,8 @@ from lace_lightning.threaded_lm import ThreadedLM
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose layers the engine knows: RMSNorm, rotary grouped-query attention, SiLU-gated MLP, nothing else."""
+MIN_WIDTH = 16
+"""Narrowest heads that kernels take."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +109,13 @@ class DecoderWeights:
         return sum(t.numel() * t.element_size() for t in (*layers, *sides, self.norm, self.head))
 
 
-def obstacle(model: ThreadedLM) -> str | None:
-    """Why the engine cannot decode with this model; None if it can."""
+def obstacle(model: ThreadedLM, device: str | None = None) -> str | None:
+    """Why the engine cannot decode with this model; None if it can.
+
+    Args:
+        model: any.
+        device: type of device to decode on; None: the model's own.
+    """
     base, config = causal_lm(model.backbone), text_config(model.backbone)
     if config.model_type not in FAMILIES:
         return f"it knows models of type {', '.join(FAMILIES)}, not {config.model_type}"
@@ -132,25 +141,42 @@ def obstacle(model: ThreadedLM) -> str | None:
         return "its weights differ in dtype"
     if model.exchange_config.reads_prompt and model.exchanges:
         return "threads exchange on the prompt (reads_prompt)"
-    if any(block.site != "attention" for block in model.exchange_at.values()):
-        return f"its exchange is {type(model.exchange_config).__name__}, which does not act on the attention's output"
+    on_cuda = (device or next(model.parameters()).device.type) == "cuda"
+    return _kernel_obstacle(model, decoder.layers[0].self_attn.head_dim) if on_cuda else None
+
+
+def _kernel_obstacle(model: ThreadedLM, head_dim: int) -> str | None:
+    """What the kernels for CUDA cannot do, beyond what the step in plain torch cannot."""
+    if find_spec("triton") is None:
+        return "its kernels need triton, which is not installed"
+    if not _fits_kernels(head_dim):
+        return f"the backbone's heads are {head_dim} wide: kernels take powers of two from {MIN_WIDTH} on"
+    for block in model.exchange_at.values():
+        if not isinstance(block, LatticeAttention):
+            return f"its kernels know LatticeAttention, not {type(block).__name__}"
+        if not _fits_kernels(block.config.dim):
+            return f"the lattice's heads are {block.config.dim} wide: kernels take powers of two from {MIN_WIDTH} on"
     return None
 
 
-def _layer(layer: nn.Module) -> LayerWeights:
+def _fits_kernels(width: int) -> bool:
+    return width >= MIN_WIDTH and width & (width - 1) == 0
+
+
+def _layer(layer: Any) -> LayerWeights:
     attention, mlp = layer.self_attn, layer.mlp
 
-    def weight(module: nn.Module) -> Tensor:
+    def weight(module: Any) -> Tensor:
         return module.weight.detach()
 
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    q, k, v = (p.bias for p in (attention.q_proj, attention.k_proj, attention.v_proj))
     has_norms = hasattr(attention, "q_norm")
     return LayerWeights(
         input_norm=weight(layer.input_layernorm),
         q=weight(attention.q_proj),
         k=weight(attention.k_proj),
         v=weight(attention.v_proj),
-        biases=None if projections[0].bias is None else tuple(p.bias.detach() for p in projections),
+        biases=None if q is None else (q.detach(), k.detach(), v.detach()),
         q_norm=weight(attention.q_norm) if has_norms else None,
         k_norm=weight(attention.k_norm) if has_norms else None,
         o=weight(attention.o_proj),

@@ -44,6 +44,9 @@ class Exchange(nn.Module, ABC):
             (B, N, L, D), to be added to ``hidden``; exactly zero in a fresh exchange (LACE.md §3, "Identity start").
         """
 
+    def prepare(self, lattice: Lattice) -> None:
+        """Make what all layers of a pass share, such as masks; called before a layer whose code is compiled."""
+
 
 @dataclass(frozen=True)
 class ExchangeConfig(ABC):

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lace_lightning.exchange.backends import BACKENDS, Backend, attention_weights, choose
+from lace_lightning.exchange.backends import BACKENDS, Backend, Heads, attention_weights, choose
 from lace_lightning.exchange.base import Exchange, ExchangeConfig, Geometry
-from lace_lightning.exchange.rotary import rotate
+from lace_lightning.exchange.rotary import Rotation
 from lace_lightning.lattice import Lattice, LatticeMask, Own, Reading, Scope, Topology
 
 
@@ -29,7 +29,7 @@ class LatticeAttentionConfig(ExchangeConfig):
         thread_dims: d_n, how many turn with the thread index; None: the other half.
         rotary_base: base of both rotary embeddings.
         gate_bias: start value of b_g; 0 opens every gate half.
-        backend: attention backend: ``auto``, ``eager``, ``sdpa`` or ``flex``.
+        backend: attention backend: ``auto``, ``eager``, ``sdpa``, ``folded``, ``pointwise``, ``flex`` or ``flash``.
 
     Raises:
         ValueError: settings that do not fit together; the message names them.
@@ -103,34 +103,47 @@ class LatticeAttention(Exchange):
         nn.init.zeros_(self.up.weight)  # identity start: a fresh block adds exactly nothing
 
     def forward(self, hidden: Tensor, lattice: Lattice, layer_idx: int) -> Tensor:
-        z = self.down(hidden)  # (B, N, L, r)
+        z = self.down(hidden.transpose(1, 2))  # (B, L, N, r): time-major, as the attention needs it
         q, k, v = self._project(z, lattice)
         mask = lattice.mask(self.config.topology)
         if lattice.cache is not None and self.config.scope != "aligned":
             k, v = lattice.cache.append(layer_idx, k, v)
-        read = self._to_lattice(choose(self.config.backend, q, mask)(q, k, v, mask), lattice)
+        backend = choose(self.config.backend, mask, self._heads(q.dtype))
+        read = backend.attend(q, k, v, mask).transpose(1, 2).reshape(z.shape)
         gate = torch.sigmoid(self.gate(torch.cat([z, read], dim=-1)))
         if lattice.readings is not None:
-            lattice.readings.append(_reading(layer_idx, gate, attention_weights(q, k, mask), mask, lattice))
-        return self.up(gate * read)
+            weights = attention_weights(q, k, mask)
+            lattice.readings.append(_reading(layer_idx, gate.transpose(1, 2), weights, mask, lattice))
+        return self.up(gate * read).transpose(1, 2)
+
+    def prepare(self, lattice: Lattice) -> None:
+        mask, device = lattice.mask(self.config.topology), lattice.visible.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.qkv.weight.dtype
+        choose(self.config.backend, mask, self._heads(dtype)).prepare(mask, self._heads(dtype))
+        self._rotation(lattice, dtype)
+
+    def _heads(self, dtype: torch.dtype) -> Heads:
+        return Heads(self.config.heads, self.config.dim, dtype)
 
     def _project(self, z: Tensor, lattice: Lattice) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B', h, positions, d), time-major; ``aligned`` folds columns into B'."""
-        batch, num_threads, columns, _ = z.shape
+        batch, columns, num_threads, _ = z.shape
         config = self.config
-        qkv = self.qkv(z).view(batch, num_threads, columns, 3, config.heads, config.dim)
-        q, k, v = qkv.transpose(1, 2).unbind(3)  # each (B, L, N, h, d)
-        times = torch.arange(columns, device=z.device) + lattice.first_time
-        threads = torch.arange(num_threads, device=z.device)
-        q, k = (rotate(x, times, threads, *config.rotary_dims, config.rotary_base) for x in (q, k))
+        q, k, v = (x.unflatten(-1, (config.heads, config.dim)) for x in self.qkv(z).chunk(3, dim=-1))
+        rotation = self._rotation(lattice, z.dtype)
         folded = (batch * columns, num_threads) if config.scope == "aligned" else (batch, columns * num_threads)
-        q, k, v = (x.reshape(*folded, config.heads, config.dim).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.reshape(*folded, config.heads, config.dim).transpose(1, 2) for x in (rotation(q), rotation(k), v))
         return q, k, v
 
-    def _to_lattice(self, read: Tensor, lattice: Lattice) -> Tensor:
-        """(B', h, positions, d) back to (B, N, L, r)."""
-        batch, num_threads, columns = lattice.visible.shape
-        return read.transpose(1, 2).reshape(batch, columns, num_threads, self.config.width).transpose(1, 2)
+    def _rotation(self, lattice: Lattice, dtype: torch.dtype) -> Rotation:
+        """The rotation of this pass, made once for all layers with the same settings."""
+        config = self.config
+        settings = (config.heads, config.dim, *config.rotary_dims, config.rotary_base, dtype)
+        if settings not in lattice.rotations:
+            _, num_threads, columns = lattice.visible.shape
+            times = torch.arange(columns, device=lattice.visible.device) + lattice.first_time
+            lattice.rotations[settings] = Rotation.of(times, num_threads, *settings)
+        return lattice.rotations[settings]
 
 
 def _reading(layer_idx: int, gate: Tensor, weights: Tensor, mask: LatticeMask, lattice: Lattice) -> Reading:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lace_lightning.exchange.backends import choose
+from lace_lightning.exchange.backends import Heads, choose
 from lace_lightning.exchange.base import Exchange, ExchangeConfig, Geometry
 from lace_lightning.lattice import Lattice, Own, Topology
 
@@ -63,5 +63,5 @@ class SameStepExchange(Exchange):
         qkv = qkv.transpose(1, 2).reshape(batch * columns, num_threads, 3, heads, dim)
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # each (B*L, h, N, d)
         mask = lattice.mask(Topology("aligned", self.config.own))
-        read = choose("auto", q, mask)(q, k, v, mask).transpose(1, 2)
+        read = choose("auto", mask, Heads(heads, dim, q.dtype)).attend(q, k, v, mask).transpose(1, 2)
         return self.up(read.reshape(batch, columns, num_threads, -1).transpose(1, 2))

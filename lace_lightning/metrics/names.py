@@ -41,6 +41,8 @@ POLICY_METRICS = {
 ROLLOUT_METRICS = {
     "tokens": "tokens of all threads of a group after the prompt, forced ones included, mean over groups",
     "truncated": "share of threads that the length limit ended",
+    "logprob_gap_mean": "mean distance of a chosen token's log-probability when sampled and when trained on, in nats",
+    "logprob_gap_max": "largest such distance; both are taken before the weights change, over the groups trained on",
 }
 
 TIME_METRICS = {

@@ -133,16 +133,24 @@ class TraceCollator:
 
     def _lay_out(self, trace: Trace, serial: int) -> _Group:
         prompt, threads = self._encode(trace)
-        rng = counter_rng(self.seed, Stream.LAYOUT, serial)
-        if self.shuffle_threads:
-            threads = [threads[n] for n in rng.permutation(self.num_threads)]
         columns = [np.arange(len(thread.ids)) for thread in threads]
-        if self.jitter:
-            for thread, own in zip(threads, columns, strict=True):
-                own[rng.integers(thread.assessment_start + 1) :] += rng.integers(self.jitter + 1)
+        if self.shuffle_threads or self.jitter:  # a generator costs as much as all the rest
+            threads, columns = self._randomise(threads, columns, counter_rng(self.seed, Stream.LAYOUT, serial))
         if self.barrier:
             _hold(columns, [self._arrival(thread) for thread in threads])
         return _Group(prompt, threads, columns)
+
+    def _randomise(
+        self, threads: list[EncodedThread], columns: list[np.ndarray], rng: np.random.Generator
+    ) -> tuple[list[EncodedThread], list[np.ndarray]]:
+        """The threads in the order in which they are served, and their columns with the waits of the jitter."""
+        if self.shuffle_threads:
+            order = rng.permutation(self.num_threads)
+            threads, columns = [threads[n] for n in order], [columns[n] for n in order]
+        if self.jitter:
+            for thread, own in zip(threads, columns, strict=True):
+                own[rng.integers(thread.assessment_start + 1) :] += rng.integers(self.jitter + 1)
+        return threads, columns
 
 
 def _hold(columns: list[np.ndarray], arrivals: list[int]) -> None:
