@@ -6,10 +6,7 @@ own kernels. Above, the library's products are better.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -27,7 +24,7 @@ from lace_lightning.exchange.rotary import Rotation
 THIN = 16
 """Most rows for which our own matrix products are used."""
 _BLOCK_V = 1024
-ATTEND = (64, 4, 3)
+ATTEND = (64, 4, 2)
 
 
 @dataclass(frozen=True)
@@ -39,12 +36,12 @@ class Tile:
 
 
 TILES = {
-    "qkv": Tile(8, 128),
+    "qkv": Tile(4, 256),
     "side": Tile(8, 256),
-    "out": Tile(8, 256),
-    "gated": Tile(8, 128),
+    "out": Tile(4, 256),
+    "gated": Tile(4, 256),
     "down": Tile(8, 256),
-    "head": Tile(8, 128),
+    "head": Tile(4, 128),
 }
 
 
@@ -54,7 +51,7 @@ class Plan:
 
     Args:
         prompt_parts, own_parts: into how many parts each prompt and each thread is cut; 0: one program reads both.
-        exchange_parts: into how many parts the lattice is cut.
+        exchange_parts: into how many parts the lattice is cut; 0: one program reads all of a group, if it can.
     """
 
     prompt_parts: int
@@ -71,7 +68,9 @@ def plan(state: GroupState, weights: DecoderWeights, columns: int, num_processor
     windows = [side.config.window or columns for side in weights.sides.values() if side.config.scope != "aligned"]
     lattice_keys = min(columns, max(windows, default=0)) * size.num_threads
     blocks = size.num_groups * triton.cdiv(size.num_threads, _exchange_block(size.num_threads)) * lattice_heads
-    exchange_parts = _parts(num_processors, blocks, lattice_keys, 256)
+    exchange_parts = min(16, _parts(num_processors, blocks, lattice_keys, 256))
+    if lattice_keys <= 1024:
+        exchange_parts = 0
     is_short = size.prompt + columns <= 512
     reads_prompt_often = size.num_threads * size.prompt > 8192
     if not reads_prompt_often and (is_short or rows * heads >= wanted):
@@ -110,6 +109,12 @@ def _is_thin(weights: DecoderWeights, rows: int) -> bool:
     return rows <= THIN and fits and weights.head.dtype in (torch.bfloat16, torch.float16)
 
 
+def _is_small(side: SidePath, num_threads: int) -> bool:
+    """Whether one program can hold the queries of all threads and heads of a group."""
+    heads = side.config.heads
+    return triton.next_power_of_2(heads) == heads and triton.next_power_of_2(num_threads) * heads <= 64
+
+
 def _exchange_block(num_threads: int) -> int:
     """Threads whose queries read the lattice together; a product has at least 16 rows."""
     return min(32, triton.next_power_of_2(max(16, num_threads)))
@@ -129,7 +134,7 @@ class Operations:
         self, weights: DecoderWeights, state: GroupState, rules: Rules, draws: Sampling, pdl: bool = True
     ) -> None:
         self.weights, self.state, self.draws, self._pad_id, self._pdl = weights, state, draws, rules.pad_id, pdl
-        self._launch: dict[str, Any] = {"PDL": pdl} | ({"launch_pdl": True} if pdl else {})
+        self._launch: dict[str, Any] = {"PDL": int(pdl)} | ({"launch_pdl": True} if pdl else {})
         like, rows, size = weights.embedding, state.capacity.rows, state.capacity
         self._rows, self._thin = rows, _is_thin(weights, rows)
         hidden, inner = like.shape[1], weights.layers[0].gate.shape[0]
@@ -150,7 +155,6 @@ class Operations:
         self._cos, self._sin = weights.rotary_tables(size.prompt + size.new)
         self._sides = {i: _SideBuffers(side, state) for i, side in weights.sides.items()}
         self._plan = Plan(0, 0, 1)
-        self._streams = [] if self._thin else [torch.cuda.Stream() for _ in range(2)]
 
     def set_plan(self, new: Plan) -> None:
         """Cut attention like this from now on; allocates what it needs."""
@@ -183,15 +187,10 @@ class Operations:
             )  # fmt: skip
             return
         self._rms_norm(self.x, layer.input_norm)
-        bounds = list(accumulate((len(layer.q), len(layer.k), len(layer.v)), initial=0))
-        outs = [self._qkv[:, start:end] for start, end in pairwise(bounds)]
-        biases = layer.biases or (None,) * 3
-        self._together(
-            *(
-                partial(_mm, self._normed, weight, out, bias)
-                for weight, out, bias in zip((layer.q, layer.k, layer.v), outs, biases, strict=True)
-            )
-        )
+        start = 0
+        for weight, bias in zip((layer.q, layer.k, layer.v), layer.biases or (None,) * 3, strict=True):
+            _mm(self._normed, weight, self._qkv[:, start : start + len(weight)], bias)
+            start += len(weight)
 
     def attend(self, index: int, layer: LayerWeights) -> None:
         """What each thread reads of the prompt and of its own past."""
@@ -208,7 +207,7 @@ class Operations:
         options: dict[str, Any] = {"BLOCK_T": keys_per_step, "num_warps": ATTEND[1], "num_stages": ATTEND[2], **self._launch}
         if not self._plan.own_parts:
             attention.attend[(self._rows, key_heads)](
-                *inputs, self._attended, w.scale, size.num_threads, heads, key_heads, dim, has_norm, queries, **options
+                *inputs, self._attended, w.scale, size.num_threads, heads, key_heads, dim, has_norm, self._thin, queries, **options
             )
             return
         tile, parts = _tile_threads(s, w), self._plan.prompt_parts + self._plan.own_parts
@@ -235,21 +234,20 @@ class Operations:
         else:
             torch.mm(self._attended, side.w_in.t(), out=buffers.inputs)
         aligned = config.scope == "aligned"
-        threads = triton.next_power_of_2(size.num_threads)
-        is_power = triton.next_power_of_2(config.heads) == config.heads
-        if aligned and is_power and threads * config.heads <= 64:
-            exchange.exchange_aligned[(size.num_groups,)](
-                buffers.inputs, s.written, s.time, *buffers.tables, side.w_gate, side.b_gate, buffers.out,
-                config.dim**-0.5, size.num_threads, config.heads, config.dim, *config.rotary_dims, config.own,
-                max(threads, -(-16 // config.heads)), num_warps=4, **self._launch,
+        keys, values = (buffers.inputs,) * 2 if aligned else s.lattice[index]
+        shape = (size.num_threads, config.heads, config.dim, *config.rotary_dims, config.own, aligned)
+        inputs = (buffers.inputs, keys, values, s.visible, s.written, s.time, *buffers.tables, side.w_gate, side.b_gate)
+        if self._plan.exchange_parts == 0 and _is_small(side, size.num_threads):
+            threads = max(triton.next_power_of_2(size.num_threads), -(-16 // config.heads))
+            exchange.exchange_small[(size.num_groups,)](
+                *inputs, buffers.out, size.new, config.dim**-0.5, *shape, config.window or 0, threads, 64,
+                num_warps=8, **self._launch,
             )  # fmt: skip
             return
-        keys, values = (buffers.inputs,) * 2 if aligned else s.lattice[index]
         exchange.exchange[(len(buffers.arrived), config.heads, buffers.parts)](
-            buffers.inputs, keys, values, s.visible, s.written, s.time, *buffers.tables, side.w_gate, side.b_gate,
-            buffers.out, buffers.part_acc, buffers.part_m, buffers.part_l, buffers.arrived, size.new, config.dim**-0.5,
-            size.num_threads, config.heads, config.dim, *config.rotary_dims, config.own, aligned, config.window or 0,
-            buffers.parts, _exchange_block(size.num_threads), 64, triton.next_power_of_2(config.width), num_warps=8, **self._launch,
+            *inputs, buffers.out, buffers.part_acc, buffers.part_m, buffers.part_l, buffers.arrived, size.new,
+            config.dim**-0.5, *shape, config.window or 0, buffers.parts, _exchange_block(size.num_threads), 64,
+            triton.next_power_of_2(config.width), num_warps=8, **self._launch,
         )  # fmt: skip
 
     def project_attended(self, index: int, layer: LayerWeights) -> None:
@@ -270,10 +268,8 @@ class Operations:
         else:
             assert self._gate_up is not None
             self._rms_norm(self.x, layer.mlp_norm)
-            self._together(
-                partial(_mm, self._normed, layer.gate, self._gate_up[:, : self._inner]),
-                partial(_mm, self._normed, layer.up, self._gate_up[:, self._inner :]),
-            )
+            _mm(self._normed, layer.gate, self._gate_up[:, : self._inner])
+            _mm(self._normed, layer.up, self._gate_up[:, self._inner :])
             elementwise.silu_mul[(self._rows, triton.cdiv(self._inner, 1024))](
                 self._gate_up, self._inner_x, self._inner, 1024, **self._launch
             )
@@ -368,17 +364,6 @@ class Operations:
             written = self.state.written.view(-1, 1) != 0
             torch.where(written, self.x, self.state.held, out=self.state.held)
 
-    def _together(self, *products: Callable[[], None]) -> None:
-        """Products with the same input side by side: none of them alone keeps the memory busy."""
-        here = torch.cuda.current_stream()
-        for product, stream in zip(products[1:], self._streams, strict=False):
-            stream.wait_stream(here)
-            with torch.cuda.stream(stream):
-                product()
-        products[0]()
-        for _, stream in zip(products[1:], self._streams, strict=False):
-            here.wait_stream(stream)
-
     def _rms_norm(self, x: Tensor, norm: Tensor) -> None:
         block = triton.next_power_of_2(self._hidden)
         elementwise.rms_norm[(self._rows,)](
@@ -395,12 +380,12 @@ class _SideBuffers:
         self.inputs = like.new_empty(size.rows, 4 * config.width)
         self.out = like.new_empty(size.rows, config.width)
         tiles = size.num_groups * triton.cdiv(size.num_threads, _exchange_block(size.num_threads))
-        self.arrived = torch.zeros(tiles, dtype=torch.int32, device=like.device)
+        self.arrived = torch.zeros(tiles, config.heads + 1, dtype=torch.int32, device=like.device)
         self.tables = _rotary_tables(side, size.new, size.num_threads)
         self._shape = (size.rows, config.heads)
 
     def allocate(self, parts: int) -> None:
-        self.parts = 1 if self.side.config.scope == "aligned" else parts
+        self.parts = 1 if self.side.config.scope == "aligned" else max(1, parts)
         self.part_m, self.part_l = torch.empty(2, *self._shape, self.parts, device=self.out.device)
         self.part_acc = torch.empty(*self._shape, self.parts, self.side.config.dim, device=self.out.device)
 

@@ -83,10 +83,10 @@ def _append(
 @triton.jit
 def attend(
     qkv, q_norm, k_norm, eps, cos, sin, prompt_k, prompt_v, prompt_start, P, own_k, own_v, own_length, CAP, out, scale,
-    N: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
+    N: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out (M, H * D); one program per thread and key head reads all of its keys."""
+    """out (M, H * D); one program per thread and key head reads all of its keys, and asks for them EARLY if there are few."""
     row, kv = tl.program_id(0), tl.program_id(1)
     G: tl.constexpr = H // HKV
     b = row // N
@@ -95,10 +95,10 @@ def attend(
     prompt = (b.to(tl.int64) * HKV + kv) * P * D
     own = (row.to(tl.int64) * HKV + kv) * CAP * D
     key_bytes: tl.constexpr = D * (own_k.dtype.element_ty.primitive_bitwidth // 8)
-    prefetch(prompt_k + prompt + start * D, (P - start) * key_bytes, PDL)
-    prefetch(prompt_v + prompt + start * D, (P - start) * key_bytes, PDL)
-    prefetch(own_k + own, length * key_bytes, PDL)
-    prefetch(own_v + own, length * key_bytes, PDL)
+    prefetch(prompt_k + prompt + start * D, (P - start) * key_bytes, PDL and EARLY)
+    prefetch(prompt_v + prompt + start * D, (P - start) * key_bytes, PDL and EARLY)
+    prefetch(own_k + own, length * key_bytes, PDL and EARLY)
+    prefetch(own_v + own, length * key_bytes, PDL and EARLY)
     sync(PDL)
     k, v = _append(
         qkv, k_norm, eps, cos, sin, own_k, own_v, row, kv, length, position, CAP, H, HKV, D, NORM

@@ -24,9 +24,9 @@ def _partner(dim, TIME: tl.constexpr, THREAD: tl.constexpr):
 
 @triton.jit
 def _keys(q, m, mass, acc, k, v, readable, n, key_thread, scale, OWN: tl.constexpr):
-    """Go on with an online softmax over one block of keys; threads that have read nothing keep m = -inf."""
+    """Go on with an online softmax over one block of keys, ``readable`` (queries, keys); who has read nothing keeps -inf."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    allowed = readable[None, :] & (n[:, None] >= 0)
+    allowed = readable
     if OWN == "exclude":
         allowed = allowed & (key_thread[None, :] != n[:, None])
     if OWN == "only":
@@ -117,7 +117,7 @@ def exchange(
                 tl.store(cache_k + place, k, mask=is_own[:, None])
                 tl.store(cache_v + place, v, mask=is_own[:, None])
                 tl.store(visible + seen + t * N + key_thread, readable.to(tl.int8), mask=is_own & (head == 0))
-            m, mass, acc = _keys(q, m, mass, acc, k, v, readable, n, key_thread, scale * LOG2E, OWN)
+            m, mass, acc = _keys(q, m, mass, acc, k, v, readable[None, :] & in_n[:, None], n, key_thread, scale * LOG2E, OWN)
     if not ALIGNED:
         for first in range(begin, end, BLOCK_T):
             i = first + tl.arange(0, BLOCK_T)
@@ -126,28 +126,64 @@ def exchange(
             k = tl.load(cache_k + place, mask=inside[:, None], other=0.0)
             v = tl.load(cache_v + place, mask=inside[:, None], other=0.0)
             readable = tl.load(visible + seen + i, mask=inside, other=0) != 0
-            m, mass, acc = _keys(q, m, mass, acc, k, v, readable, n, i % N, scale * LOG2E, OWN)
-    place = (rows.to(tl.int64) * HEADS + head) * PARTS + part
-    tl.store(part_m + place, m, mask=in_n)
-    tl.store(part_l + place, mass, mask=in_n)
-    tl.store(part_acc + place[:, None] * D + dim[None, :], acc, mask=in_n[:, None])
-    tl.debug_barrier()
-    if tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu") == HEADS * PARTS - 1:
-        tl.debug_barrier()
-        _gate(
-            inputs, written, w_gate, b_gate, out, part_acc, part_m, part_l, b, n,
-            N, HEADS, D, PARTS, BLOCK_N, BLOCK_R,
-        )  # fmt: skip
-        tl.store(arrived + tile, 0)
+            m, mass, acc = _keys(q, m, mass, acc, k, v, readable[None, :] & in_n[:, None], n, i % N, scale * LOG2E, OWN)
+    own_place = rows[:, None].to(tl.int64) * R + head * D + dim[None, :]
+    is_last = True
+    if PARTS > 1:
+        place = (rows.to(tl.int64) * HEADS + head) * PARTS + part
+        tl.store(part_m + place, m, mask=in_n)
+        tl.store(part_l + place, mass, mask=in_n)
+        tl.store(part_acc + place[:, None] * D + dim[None, :], acc, mask=in_n[:, None])
+        is_last = _arrives_last(arrived + tile * (HEADS + 1) + 1 + head, PARTS)
+        if is_last:
+            mass, acc = _joined(part_acc, part_m, part_l, rows, in_n, head, HEADS, D, PARTS)
+    if is_last:
+        # A_p; a thread that may read nothing gets exactly zero.
+        read = tl.where(mass[:, None] > 0, acc / tl.where(mass > 0, mass, 1.0)[:, None], 0.0)
+        tl.store(out + own_place, read.to(out.dtype.element_ty), mask=in_n[:, None])
+        if _arrives_last(arrived + tile * (HEADS + 1), HEADS):
+            _gate(inputs, written, w_gate, b_gate, out, b, n, N, HEADS, D, BLOCK_R)
 
 
 @triton.jit
-def exchange_aligned(
-    inputs, written, time, time_cos, time_sin, thread_cos, thread_sin, w_gate, b_gate, out, scale,
-    N: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, TIME: tl.constexpr, THREAD: tl.constexpr,
-    OWN: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+def _arrives_last(counter, EXPECTED: tl.constexpr):
+    """Whether EXPECTED programs have now come here; what they stored before is then visible. Counts from zero again."""
+    tl.debug_barrier()
+    is_last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == EXPECTED - 1
+    tl.debug_barrier()
+    if is_last:
+        tl.store(counter, 0)
+    return is_last
+
+
+@triton.jit
+def _joined(
+    part_acc, part_m, part_l, rows, in_n, head, HEADS: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
-    """As :func:`exchange` with ALIGNED, all heads of a group in one program: for few threads, HEADS and D powers of two."""
+    """Mass (R,) and accumulator (R, D) of one head over all PARTS partial softmaxes."""
+    part, dim = tl.arange(0, PARTS), tl.arange(0, D)
+    place = ((rows.to(tl.int64) * HEADS + head) * PARTS)[None, :] + part[:, None]
+    m = tl.load(part_m + place, mask=in_n[None, :], other=float("-inf"), cache_modifier=".cg")
+    mass = tl.load(part_l + place, mask=in_n[None, :], other=0.0, cache_modifier=".cg")
+    at = place[:, :, None] * D + dim[None, None, :]
+    acc = tl.load(part_acc + at, mask=in_n[None, :, None], other=0.0, cache_modifier=".cg")
+    top = tl.max(m, axis=0)
+    weight = tl.exp2(m - tl.where(top == float("-inf"), 0.0, top)[None, :])
+    return tl.sum(weight * mass, axis=0), tl.sum(acc * weight[:, :, None], axis=0)
+
+
+@triton.jit
+def exchange_small(
+    inputs, cache_k, cache_v, visible, written, time, time_cos, time_sin, thread_cos, thread_sin, w_gate, b_gate, out,
+    CAP, scale,
+    N: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, TIME: tl.constexpr, THREAD: tl.constexpr,
+    OWN: tl.constexpr, ALIGNED: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """As :func:`exchange`, all of a group in one program: for few threads and keys, HEADS and D powers of two.
+
+    A row is a (thread, head); heads see each other's keys and are kept apart by the mask.
+    """
     b = tl.program_id(0)
     R: tl.constexpr = HEADS * D
     i, dim, r = tl.arange(0, BLOCK_N * HEADS), tl.arange(0, D), tl.arange(0, R)
@@ -160,6 +196,15 @@ def exchange_aligned(
     bias = tl.load(b_gate + r).to(tl.float32)
     thread = tl.arange(0, BLOCK_N)
     writes = tl.load(written + b * N + thread, mask=thread < N, other=0) != 0
+    begin = t * 0
+    if not ALIGNED:
+        if WINDOW > 0:
+            begin = tl.maximum(0, t - WINDOW + 1) * N
+        key_bytes: tl.constexpr = D * (cache_k.dtype.element_ty.primitive_bitwidth // 8)
+        for h in tl.static_range(HEADS):
+            at = ((b.to(tl.int64) * HEADS + h) * CAP * N + begin) * D
+            prefetch(cache_k + at, (t * N - begin) * key_bytes, PDL)
+            prefetch(cache_v + at, (t * N - begin) * key_bytes, PDL)
     sync(PDL)
     source = inputs + rows.to(tl.int64) * (4 * R) + head * D
     q = _turned(inputs, source, takes_part, cos, sin, D, TIME, THREAD)
@@ -167,59 +212,56 @@ def exchange_aligned(
     v = tl.load(source[:, None] + 2 * R + dim[None, :], mask=takes_part[:, None], other=0.0)
     place = (b * N + thread)[:, None].to(tl.int64) * (4 * R) + 3 * R + r[None, :]
     from_z = tl.load(inputs + place, mask=(thread < N)[:, None], other=0.0).to(tl.float32)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
-    allowed = takes_part[None, :] & (head[:, None] == head[None, :])
-    if OWN == "exclude":
-        allowed = allowed & (n[:, None] != n[None, :])
-    if OWN == "only":
-        allowed = allowed & (n[:, None] == n[None, :])
-    scores = tl.where(allowed, scores, float("-inf"))
-    top = tl.max(scores, axis=1)
-    p = tl.exp2(scores - tl.where(top == float("-inf"), 0.0, top)[:, None])
-    mass = tl.sum(p, axis=1)
-    acc = tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    m = tl.full((BLOCK_N * HEADS,), float("-inf"), tl.float32)
+    mass = tl.zeros((BLOCK_N * HEADS,), tl.float32)
+    acc = tl.zeros((BLOCK_N * HEADS, D), tl.float32)
+    same_head = head[:, None] == head[None, :]
+    m, mass, acc = _keys(q, m, mass, acc, k, v, takes_part[None, :] & same_head, n, n, scale * LOG2E, OWN)
+    if not ALIGNED:
+        group = b.to(tl.int64) * HEADS * CAP * N
+        seen = b.to(tl.int64) * CAP * N
+        at = (group + head * (CAP * N) + t * N + n)[:, None] * D + dim[None, :]
+        tl.store(cache_k + at, k, mask=(n < N)[:, None])
+        tl.store(cache_v + at, v, mask=(n < N)[:, None])
+        tl.store(visible + seen + t * N + thread, writes.to(tl.int8), mask=thread < N)
+        j = tl.arange(0, BLOCK_T * HEADS)
+        key_head = j % HEADS
+        for first in range(begin, t * N, BLOCK_T):
+            position = first + j // HEADS
+            inside = position < t * N
+            key_at = (group + key_head * (CAP * N) + position)[:, None] * D + dim[None, :]
+            key = tl.load(cache_k + key_at, mask=inside[:, None], other=0.0)
+            value = tl.load(cache_v + key_at, mask=inside[:, None], other=0.0)
+            readable = tl.load(visible + seen + position, mask=inside, other=0) != 0
+            allowed = readable[None, :] & (head[:, None] == key_head[None, :])
+            m, mass, acc = _keys(q, m, mass, acc, key, value, allowed, n, position % N, scale * LOG2E, OWN)
     read = tl.where(mass[:, None] > 0, acc / tl.where(mass > 0, mass, 1.0)[:, None], 0.0).to(q.dtype)
     read = tl.reshape(read, (BLOCK_N, R))
     gate = tl.dot(read, tl.trans(weight), input_precision="ieee") + from_z + bias[None, :]
-    value = tl.where(writes[:, None], read.to(tl.float32) / (1 + tl.exp(-gate)), 0.0)
+    gated = tl.where(writes[:, None], read.to(tl.float32) / (1 + tl.exp(-gate)), 0.0)
     place = (b * N + thread)[:, None].to(tl.int64) * R + r[None, :]
-    tl.store(out + place, value.to(out.dtype.element_ty), mask=(thread < N)[:, None])
+    tl.store(out + place, gated.to(out.dtype.element_ty), mask=(thread < N)[:, None])
 
 
 @triton.jit
 def _gate(
-    inputs, written, w_gate, b_gate, out, part_acc, part_m, part_l, b, n,
-    N: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    inputs, written, w_gate, b_gate, out, b, n,
+    N: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Join the parts of threads ``n`` into A_p (BLOCK_N, r), gate it and store it."""
+    """out = G * A_p of threads ``n``, whose A_p stands in ``out``."""
     R: tl.constexpr = HEADS * D
     r = tl.arange(0, BLOCK_R)
     rows = b * N + n
     inside = (n < N)[:, None] & (r < R)[None, :]
-    place = (rows[:, None].to(tl.int64) * HEADS + (r // D)[None, :]) * PARTS
-    top = tl.full((BLOCK_N, BLOCK_R), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    read = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    for part in range(PARTS):
-        m = tl.load(part_m + place + part, mask=inside, other=float("-inf"), cache_modifier=".cg")
-        mass = tl.load(part_l + place + part, mask=inside, other=0.0, cache_modifier=".cg")
-        at = (place + part) * D + (r % D)[None, :]
-        acc = tl.load(part_acc + at, mask=inside, other=0.0, cache_modifier=".cg")
-        top_new = tl.maximum(top, m)
-        base = tl.where(top_new == float("-inf"), 0.0, top_new)
-        shrink, weight = tl.exp2(top - base), tl.exp2(m - base)
-        total = total * shrink + weight * mass
-        read = read * shrink + weight * acc
-        top = top_new
-    read = tl.where(total > 0, read / tl.where(total > 0, total, 1.0), 0.0).to(inputs.dtype.element_ty)
+    place = out + rows[:, None].to(tl.int64) * R + r[None, :]
+    read = tl.load(place, mask=inside, other=0.0, cache_modifier=".cg")
     # W_g's rows that see A_p: (r, r), and the gate's part of Z that the input projection has made.
     weight = tl.load(w_gate + r[:, None] * R + r[None, :], mask=(r < R)[:, None] & (r < R)[None, :], other=0.0)
     gate = tl.dot(read, tl.trans(weight), input_precision="ieee")
-    gate += tl.load(inputs + rows[:, None].to(tl.int64) * (4 * R) + 3 * R + r[None, :], mask=inside, other=0.0).to(
-        tl.float32
-    )
+    from_z = inputs + rows[:, None].to(tl.int64) * (4 * R) + 3 * R + r[None, :]
+    gate += tl.load(from_z, mask=inside, other=0.0).to(tl.float32)
     gate += tl.load(b_gate + r, mask=r < R, other=0.0).to(tl.float32)[None, :]
     takes_part = (tl.load(written + rows, mask=n < N, other=0) != 0)[:, None]
     value = tl.where(takes_part, read.to(tl.float32) / (1 + tl.exp(-gate)), 0.0)
-    tl.store(out + rows[:, None].to(tl.int64) * R + r[None, :], value.to(out.dtype.element_ty), mask=inside)
+    tl.debug_barrier()
+    tl.store(place, value.to(out.dtype.element_ty), mask=inside)

@@ -74,6 +74,8 @@ def _times_slab(
     weight = _load_weights(w, first, 0, K, W, STEP)
     if WAIT:
         gdc_wait()
+        if WAIT == 2:
+            gdc_launch_dependents()
     acc = gl.zeros((W, 16, BLOCK_M), gl.float32, mma)
     squares = gl.zeros((W, BLOCK_M), gl.float32, gl.SliceLayout(1, gl.DotOperandLayout(1, mma, 8)))
     for start in gl.static_range(0, K // W, STEP):
@@ -121,7 +123,7 @@ def project(
         if block >= (O0 + O1) // 16:
             w, b, first, offset = w2, b2, block * 16 - O0 - O1, block * 0 + O0 + O1
     acc, squares = _times_slab(x, norm, w, first, M, K, NORM, BLOCK_M, W, STEP, PDL)
-    if PDL:
+    if PDL == 1:
         gdc_launch_dependents()
     if NORM:
         acc = acc * gl.rsqrt(squares / K + eps)
@@ -144,7 +146,7 @@ def project_add(
     if K2 > 0:
         more, _ = _times_slab(x2, x2, w2, first, M, K2, False, BLOCK_M, W, STEP2, False)
         acc += more
-    if PDL:
+    if PDL == 1:
         gdc_launch_dependents()
     o, m = _outputs(first, BLOCK_M, W)
     inside = m + o * 0 < M
@@ -167,6 +169,8 @@ def project_gated(
     weight_up = _load_weights(w_up, first, 0, K, W, STEP)
     if PDL:
         gdc_wait()
+        if PDL == 2:
+            gdc_launch_dependents()
     gate = gl.zeros((W, 16, BLOCK_M), gl.float32, mma)
     up = gl.zeros((W, 16, BLOCK_M), gl.float32, mma)
     squares = gl.zeros((W, BLOCK_M), gl.float32, gl.SliceLayout(1, gl.DotOperandLayout(1, mma, 8)))
@@ -180,7 +184,7 @@ def project_gated(
         up = mma_v2(weight_up, rows, up)
         if start + STEP < K // W:
             weight_gate, weight_up = ahead_gate, ahead_up
-    if PDL:
+    if PDL == 1:
         gdc_launch_dependents()
     inverse = gl.rsqrt(_total(squares, mma) / K + eps)
     g, u = gl.sum(gate, axis=0) * inverse, gl.sum(up, axis=0) * inverse
