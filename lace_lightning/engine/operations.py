@@ -7,7 +7,7 @@ own kernels. Above, the library's products are better.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -120,6 +120,18 @@ def _exchange_block(num_threads: int) -> int:
     return min(32, triton.next_power_of_2(max(16, num_threads)))
 
 
+class PartBuffers(NamedTuple):
+    """Partial softmaxes: accumulators (rows, heads, parts, d), largest scores and masses (rows, heads, parts)."""
+
+    acc: Tensor
+    largest: Tensor
+    mass: Tensor
+
+    @classmethod
+    def of(cls, size: tuple[int, int, int], dim: int, device: torch.device) -> PartBuffers:
+        return cls(torch.empty(*size, dim, device=device), *torch.empty(2, *size, device=device))
+
+
 class Operations:
     """The kernels of a step over one state.
 
@@ -155,16 +167,15 @@ class Operations:
         self._cos, self._sin = weights.rotary_tables(size.prompt + size.new)
         self._sides = {i: _SideBuffers(side, state) for i, side in weights.sides.items()}
         self._plan = Plan(0, 0, 1)
+        self._parts: dict[int, PartBuffers] = {}
 
     def set_plan(self, new: Plan) -> None:
-        """Cut attention like this from now on; allocates what it needs."""
-        rows, weights = self._rows, self.weights
+        """Cut attention like this from now on. Buffers stay: graphs that were captured with them may be replayed."""
+        rows, weights, parts = self._rows, self.weights, new.prompt_parts + new.own_parts
         self._plan = new
-        parts = new.prompt_parts + new.own_parts
-        if parts:
+        if parts and parts not in self._parts:
             size = (rows, weights.num_heads, parts)
-            self._part_m, self._part_l = torch.empty(2, *size, device=self.x.device)
-            self._part_acc = torch.empty(*size, weights.head_dim, device=self.x.device)
+            self._parts[parts] = PartBuffers.of(size, weights.head_dim, self.x.device)
         for side in self._sides.values():
             side.allocate(new.exchange_parts)
 
@@ -215,12 +226,12 @@ class Operations:
         tasks = size.num_groups * tiles * self._plan.prompt_parts + self._rows * self._plan.own_parts
         prompt_queries = triton.next_power_of_2(max(16, tile * (heads // key_heads)))
         attention.attend_parts[(tasks, key_heads)](
-            *inputs, self._part_acc, self._part_m, self._part_l, w.scale, size.num_groups, size.num_threads, heads,
+            *inputs, *self._parts[parts], w.scale, size.num_groups, size.num_threads, heads,
             key_heads, dim, has_norm, tile, self._plan.prompt_parts, self._plan.own_parts, queries, prompt_queries,
             **options,
         )  # fmt: skip
         attention.merge_parts[(self._rows * heads,)](
-            self._part_acc, self._part_m, self._part_l, self._attended, dim, parts, triton.next_power_of_2(parts),
+            *self._parts[parts], self._attended, dim, parts, triton.next_power_of_2(parts),
             num_warps=1, **self._launch,
         )  # fmt: skip
 
@@ -245,7 +256,7 @@ class Operations:
             )  # fmt: skip
             return
         exchange.exchange[(len(buffers.arrived), config.heads, buffers.parts)](
-            *inputs, buffers.out, buffers.part_acc, buffers.part_m, buffers.part_l, buffers.arrived, size.new,
+            *inputs, buffers.out, *buffers.joined[buffers.parts], buffers.arrived, size.new,
             config.dim**-0.5, *shape, config.window or 0, buffers.parts, _exchange_block(size.num_threads), 64,
             triton.next_power_of_2(config.width), num_warps=8, **self._launch,
         )  # fmt: skip
@@ -383,11 +394,14 @@ class _SideBuffers:
         self.arrived = torch.zeros(tiles, config.heads + 1, dtype=torch.int32, device=like.device)
         self.tables = _rotary_tables(side, size.new, size.num_threads)
         self._shape = (size.rows, config.heads)
+        self.joined: dict[int, PartBuffers] = {}
 
     def allocate(self, parts: int) -> None:
+        """Room for that many parts; what was allocated before stays."""
         self.parts = 1 if self.side.config.scope == "aligned" else max(1, parts)
-        self.part_m, self.part_l = torch.empty(2, *self._shape, self.parts, device=self.out.device)
-        self.part_acc = torch.empty(*self._shape, self.parts, self.side.config.dim, device=self.out.device)
+        if self.parts not in self.joined:
+            size = (*self._shape, self.parts)
+            self.joined[self.parts] = PartBuffers.of(size, self.side.config.dim, self.out.device)
 
 
 def _rotary_tables(side: SidePath, columns: int, num_threads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
