@@ -25,6 +25,7 @@ THIN = 16
 """Most rows for which our own matrix products are used."""
 _BLOCK_V = 1024
 ATTEND = (64, 4, 2)
+SMALL = (64, 8)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ TILES = {
     "qkv": Tile(4, 256),
     "side": Tile(8, 256),
     "out": Tile(4, 256),
-    "gated": Tile(4, 256),
+    "gated": Tile(4, 128),
     "down": Tile(8, 256),
     "head": Tile(4, 128),
 }
@@ -69,7 +70,7 @@ def plan(state: GroupState, weights: DecoderWeights, columns: int, num_processor
     lattice_keys = min(columns, max(windows, default=0)) * size.num_threads
     blocks = size.num_groups * triton.cdiv(size.num_threads, _exchange_block(size.num_threads)) * lattice_heads
     exchange_parts = min(16, _parts(num_processors, blocks, lattice_keys, 256))
-    if lattice_keys <= 1024:
+    if lattice_keys <= 512:
         exchange_parts = 0
     is_short = size.prompt + columns <= 512
     reads_prompt_often = size.num_threads * size.prompt > 8192
@@ -146,7 +147,7 @@ class Operations:
         self, weights: DecoderWeights, state: GroupState, rules: Rules, draws: Sampling, pdl: bool = True
     ) -> None:
         self.weights, self.state, self.draws, self._pad_id, self._pdl = weights, state, draws, rules.pad_id, pdl
-        self._launch: dict[str, Any] = {"PDL": int(pdl)} | ({"launch_pdl": True} if pdl else {})
+        self._launch: dict[str, Any] = {"PDL": pdl} | ({"launch_pdl": True} if pdl else {})
         like, rows, size = weights.embedding, state.capacity.rows, state.capacity
         self._rows, self._thin = rows, _is_thin(weights, rows)
         hidden, inner = like.shape[1], weights.layers[0].gate.shape[0]
@@ -247,12 +248,12 @@ class Operations:
         aligned = config.scope == "aligned"
         keys, values = (buffers.inputs,) * 2 if aligned else s.lattice[index]
         shape = (size.num_threads, config.heads, config.dim, *config.rotary_dims, config.own, aligned)
-        inputs = (buffers.inputs, keys, values, s.visible, s.written, s.time, *buffers.tables, side.w_gate, side.b_gate)
+        inputs = (buffers.inputs, keys, values, s.hidden, s.written, s.time, *buffers.tables, side.w_gate, side.b_gate)
         if self._plan.exchange_parts == 0 and _is_small(side, size.num_threads):
             threads = max(triton.next_power_of_2(size.num_threads), -(-16 // config.heads))
             exchange.exchange_small[(size.num_groups,)](
-                *inputs, buffers.out, size.new, config.dim**-0.5, *shape, config.window or 0, threads, 64,
-                num_warps=8, **self._launch,
+                *inputs, buffers.out, size.new, config.dim**-0.5, *shape, config.window or 0, threads, SMALL[0],
+                num_warps=SMALL[1], **self._launch,
             )  # fmt: skip
             return
         exchange.exchange[(len(buffers.arrived), config.heads, buffers.parts)](
@@ -364,7 +365,8 @@ class Operations:
             extra_inputs = 0 if extra is None else x2.shape[1]
             linear.project_add[(len(weight) // 16,)](
                 x, weight, x2, weight2, self.x, out, self.state.written, self._rows, x.shape[1], extra_inputs,
-                len(weight), into_held, self._block_m, tile.warps, _step(tile, x.shape[1]), _step(tile, extra_inputs),
+                len(weight), into_held, self._block_m, tile.warps, _step(tile, x.shape[1]),
+                max(32, triton.next_power_of_2(extra_inputs // tile.warps)),
                 num_warps=tile.warps, **self._launch,
             )  # fmt: skip
             return

@@ -37,7 +37,7 @@ class GroupState:
     """Caches, threads and outputs of B groups of N threads.
 
     The prompt's keys and values exist once per group. A thread's own ones stand without gaps: a column in which it did
-    not write takes no room. The lattice's keys are time-major, (B, h, columns * N, d), with gaps that are not visible.
+    not write takes no room. The lattice's keys are time-major, (B, h, columns * N, d), with gaps that are hidden.
     Flags are int8, as the kernels store them.
     """
 
@@ -55,7 +55,7 @@ class GroupState:
         }
         integers = {"dtype": torch.int32, "device": like.device}
         flags = {"dtype": torch.int8, "device": like.device}
-        self.visible = torch.zeros(b, new * n, **flags)
+        self.hidden = torch.zeros(b, new * n, device=like.device)  # 0 where a lattice position may be read, else -inf
         self.prompt_start = torch.zeros(b, **integers)
         self.own_length = torch.zeros(b, n, **integers)
         self.time = torch.zeros(b, **integers)
@@ -88,6 +88,6 @@ class GroupState:
         caches = {
             "prompt": [self.prompt_k, self.prompt_v],
             "own": [self.own_k, self.own_v],
-            "lattice": [*self.lattice.values(), self.visible],
+            "lattice": [*self.lattice.values(), self.hidden],
         }
         return {name: sum(t.numel() * t.element_size() for t in tensors) for name, tensors in caches.items()}

@@ -63,7 +63,7 @@ def _turned(inputs, rows, takes_part, cos, sin, D: tl.constexpr, TIME: tl.conste
 
 @triton.jit
 def exchange(
-    inputs, cache_k, cache_v, visible, written, time, time_cos, time_sin, thread_cos, thread_sin, w_gate, b_gate, out,
+    inputs, cache_k, cache_v, hidden, written, time, time_cos, time_sin, thread_cos, thread_sin, w_gate, b_gate, out,
     part_acc, part_m, part_l, arrived, CAP, scale,
     N: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, TIME: tl.constexpr, THREAD: tl.constexpr,
     OWN: tl.constexpr, ALIGNED: tl.constexpr, WINDOW: tl.constexpr, PARTS: tl.constexpr,
@@ -72,7 +72,7 @@ def exchange(
     """out (B * N, r) = G * A_p of the fed column; grid (B * ceil(N / BLOCK_N), HEADS, PARTS).
 
     ``inputs`` (B * N, 4r) holds q, k, v and the gate's part of Z. Caches are (B, HEADS, CAP * N, D), time-major;
-    ``visible`` (B, CAP * N) says which positions may be read. ``time`` (B,) counts columns; the fed one is the last.
+    ``hidden`` (B, CAP * N) is 0 where a position may be read and -inf elsewhere: float32, so that its loads run ahead. ``time`` (B,) counts columns; the fed one is the last.
     Of the programs that share BLOCK_N reading threads, the last one to finish joins their parts and heads, and gates.
     """
     tile, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -116,7 +116,7 @@ def exchange(
                 place = (cache + t * N + key_thread)[:, None] * D + dim[None, :]
                 tl.store(cache_k + place, k, mask=is_own[:, None])
                 tl.store(cache_v + place, v, mask=is_own[:, None])
-                tl.store(visible + seen + t * N + key_thread, readable.to(tl.int8), mask=is_own & (head == 0))
+                tl.store(hidden + seen + t * N + key_thread, tl.where(readable, 0.0, float("-inf")), mask=is_own & (head == 0))
             m, mass, acc = _keys(q, m, mass, acc, k, v, readable[None, :] & in_n[:, None], n, key_thread, scale * LOG2E, OWN)
     if not ALIGNED:
         for first in range(begin, end, BLOCK_T):
@@ -125,7 +125,7 @@ def exchange(
             place = (cache + i)[:, None] * D + dim[None, :]
             k = tl.load(cache_k + place, mask=inside[:, None], other=0.0)
             v = tl.load(cache_v + place, mask=inside[:, None], other=0.0)
-            readable = tl.load(visible + seen + i, mask=inside, other=0) != 0
+            readable = tl.load(hidden + seen + i, mask=inside, other=float("-inf")) == 0
             m, mass, acc = _keys(q, m, mass, acc, k, v, readable[None, :] & in_n[:, None], n, i % N, scale * LOG2E, OWN)
     own_place = rows[:, None].to(tl.int64) * R + head * D + dim[None, :]
     is_last = True
@@ -174,7 +174,7 @@ def _joined(
 
 @triton.jit
 def exchange_small(
-    inputs, cache_k, cache_v, visible, written, time, time_cos, time_sin, thread_cos, thread_sin, w_gate, b_gate, out,
+    inputs, cache_k, cache_v, hidden, written, time, time_cos, time_sin, thread_cos, thread_sin, w_gate, b_gate, out,
     CAP, scale,
     N: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, TIME: tl.constexpr, THREAD: tl.constexpr,
     OWN: tl.constexpr, ALIGNED: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -223,7 +223,7 @@ def exchange_small(
         at = (group + head * (CAP * N) + t * N + n)[:, None] * D + dim[None, :]
         tl.store(cache_k + at, k, mask=(n < N)[:, None])
         tl.store(cache_v + at, v, mask=(n < N)[:, None])
-        tl.store(visible + seen + t * N + thread, writes.to(tl.int8), mask=thread < N)
+        tl.store(hidden + seen + t * N + thread, tl.where(writes, 0.0, float("-inf")), mask=thread < N)
         j = tl.arange(0, BLOCK_T * HEADS)
         key_head = j % HEADS
         for first in range(begin, t * N, BLOCK_T):
@@ -232,7 +232,7 @@ def exchange_small(
             key_at = (group + key_head * (CAP * N) + position)[:, None] * D + dim[None, :]
             key = tl.load(cache_k + key_at, mask=inside[:, None], other=0.0)
             value = tl.load(cache_v + key_at, mask=inside[:, None], other=0.0)
-            readable = tl.load(visible + seen + position, mask=inside, other=0) != 0
+            readable = tl.load(hidden + seen + position, mask=inside, other=float("-inf")) == 0
             allowed = readable[None, :] & (head[:, None] == key_head[None, :])
             m, mass, acc = _keys(q, m, mass, acc, key, value, allowed, n, position % N, scale * LOG2E, OWN)
     read = tl.where(mass[:, None] > 0, acc / tl.where(mass > 0, mass, 1.0)[:, None], 0.0).to(q.dtype)

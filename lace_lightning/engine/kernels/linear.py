@@ -67,15 +67,13 @@ def _load_rows(
 @gluon.jit
 def _times_slab(
     x, norm, w, first, M, K: gl.constexpr, NORM: gl.constexpr, BLOCK_M: gl.constexpr, W: gl.constexpr,
-    STEP: gl.constexpr, WAIT: gl.constexpr,
+    STEP: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """(16, BLOCK_M) = W[first : first + 16] @ (x * norm)ᵀ, and the sums of x² (1, BLOCK_M), over all K."""
+    """W[first : first + 16] @ (x * norm)ᵀ and the sums of x², over each warp's share of K: (W, 16, BLOCK_M), (W, BLOCK_M)."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[W, 1, 1], instr_shape=[1, 16, 8])
     weight = _load_weights(w, first, 0, K, W, STEP)
-    if WAIT:
+    if PDL:
         gdc_wait()
-        if WAIT == 2:
-            gdc_launch_dependents()
     acc = gl.zeros((W, 16, BLOCK_M), gl.float32, mma)
     squares = gl.zeros((W, BLOCK_M), gl.float32, gl.SliceLayout(1, gl.DotOperandLayout(1, mma, 8)))
     for start in gl.static_range(0, K // W, STEP):
@@ -86,7 +84,7 @@ def _times_slab(
         acc = mma_v2(weight, rows, acc)
         if start + STEP < K // W:
             weight = ahead
-    return gl.sum(acc, axis=0), _total(squares, mma)
+    return acc, squares
 
 
 @gluon.jit
@@ -122,11 +120,13 @@ def project(
             w, b, first, offset = w1, b1, block * 16 - O0, block * 0 + O0
         if block >= (O0 + O1) // 16:
             w, b, first, offset = w2, b2, block * 16 - O0 - O1, block * 0 + O0 + O1
-    acc, squares = _times_slab(x, norm, w, first, M, K, NORM, BLOCK_M, W, STEP, PDL)
-    if PDL == 1:
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[W, 1, 1], instr_shape=[1, 16, 8])
+    parts, squares = _times_slab(x, norm, w, first, M, K, NORM, BLOCK_M, W, STEP, PDL)
+    if PDL:
         gdc_launch_dependents()
+    acc = gl.sum(parts, axis=0)
     if NORM:
-        acc = acc * gl.rsqrt(squares / K + eps)
+        acc = acc * gl.rsqrt(_total(squares, mma) / K + eps)
     o, m = _outputs(first, BLOCK_M, W)
     if BIAS:
         acc += gl.load(b + o).to(gl.float32)
@@ -140,14 +140,17 @@ def project_add(
     K: gl.constexpr, K2: gl.constexpr, O: gl.constexpr, MASKED: gl.constexpr,
     BLOCK_M: gl.constexpr, W: gl.constexpr, STEP: gl.constexpr, STEP2: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """out (M, O) = residual + x @ wᵀ [+ x2 @ w2ᵀ]; MASKED leaves rows alone that are not ``written``."""
+    """out (M, O) = residual + x @ wᵀ [+ x2 @ w2ᵀ, K2 / W <= STEP2]; MASKED leaves rows alone that are not ``written``."""
     first = gl.program_id(0) * 16
-    acc, _ = _times_slab(x, x, w, first, M, K, False, BLOCK_M, W, STEP, PDL)
     if K2 > 0:
-        more, _ = _times_slab(x2, x2, w2, first, M, K2, False, BLOCK_M, W, STEP2, False)
-        acc += more
-    if PDL == 1:
+        weight2 = _load_weights(w2, first, 0, K2, W, STEP2)
+    parts, _ = _times_slab(x, x, w, first, M, K, False, BLOCK_M, W, STEP, PDL)
+    if K2 > 0:
+        rows2, _ = _load_rows(x2, x2, M, 0, K2, False, BLOCK_M, W, STEP2)
+        parts = mma_v2(weight2, rows2, parts)
+    if PDL:
         gdc_launch_dependents()
+    acc = gl.sum(parts, axis=0)
     o, m = _outputs(first, BLOCK_M, W)
     inside = m + o * 0 < M
     acc += gl.load(residual + m * O + o, mask=inside, other=0.0).to(gl.float32)
@@ -169,8 +172,6 @@ def project_gated(
     weight_up = _load_weights(w_up, first, 0, K, W, STEP)
     if PDL:
         gdc_wait()
-        if PDL == 2:
-            gdc_launch_dependents()
     gate = gl.zeros((W, 16, BLOCK_M), gl.float32, mma)
     up = gl.zeros((W, 16, BLOCK_M), gl.float32, mma)
     squares = gl.zeros((W, BLOCK_M), gl.float32, gl.SliceLayout(1, gl.DotOperandLayout(1, mma, 8)))
@@ -184,7 +185,7 @@ def project_gated(
         up = mma_v2(weight_up, rows, up)
         if start + STEP < K // W:
             weight_gate, weight_up = ahead_gate, ahead_up
-    if PDL == 1:
+    if PDL:
         gdc_launch_dependents()
     inverse = gl.rsqrt(_total(squares, mma) / K + eps)
     g, u = gl.sum(gate, axis=0) * inverse, gl.sum(up, axis=0) * inverse
