@@ -1,13 +1,15 @@
 """On CUDA: every backend in values and gradients, FlexAttention as it is compiled, bfloat16, and whole models."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from lace_lightning.compiled_layers import compile_layers
-from lace_lightning.decoding import GroupDecoder, Sampling
+from lace_lightning.decoding import GroupDecoder, Rollout, Sampling
 from lace_lightning.decoding.random import uniform
 from lace_lightning.exchange import Geometry, LatticeAttentionConfig, backends, flash
 from lace_lightning.lattice import Lattice, LatticeCache, LatticeMask, Topology
@@ -308,3 +310,73 @@ def test_tokens_on_the_gpu_are_scored_there():
     found = model.token_logprobs(tokens.input_ids, tokens.attention_mask, tokens.attention_mask, tokens.prompt_length)
     assert found.is_cuda and found.dtype == torch.float32 and found.requires_grad
     assert isinstance(tokens, Tokens) and torch.isfinite(found).all()
+
+
+# ---------------------------------------------------------------- the fast engine
+
+ENGINE = LatticeAttentionConfig(width=64, heads=2)
+ENGINE_CASES = {
+    "none": (None, 4),
+    "small": (ENGINE, 4),  # all of a group in one program
+    "parts": (ENGINE, 24),  # the lattice cut into parts, joined in two steps
+    "aligned": (replace(ENGINE, scope="aligned", own="exclude"), 4),
+    "aligned-many": (replace(ENGINE, scope="aligned"), 40),
+    "window": (replace(ENGINE, scope="window", window=7), 12),
+}
+
+
+def engine_lm(config: LatticeAttentionConfig | None, num_threads: int, dtype: torch.dtype) -> ThreadedLM:
+    """Sizes that the engine's own products take, and weights wide enough for decided distributions."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, vocab_size=3008, head_dim=64)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    backbone = AutoModelForCausalLM.from_config(Qwen3Config(**sizes, **heads), dtype=dtype)
+    for parameter in backbone.parameters():
+        parameter.data.mul_(3 if parameter.dim() > 1 else 1)
+    model = ThreadedLM(backbone, config, num_threads=num_threads)
+    return (wake(model) if config else model).cuda().eval()
+
+
+def engine_rollout(model: ThreadedLM, engine: str) -> Rollout:
+    """Prompts of 5 and 140 tokens, ends at different times, a barrier."""
+    rules = GroupDecoder(model, Sampling(), 40, list(range(2900, 2910)), 0, [5, 6], engine=engine)
+    return rules.decode([list(range(7, 12)), list(range(10, 150))], model.num_threads, [1, 2])
+
+
+@pytest.mark.parametrize("case", ENGINE_CASES)
+def test_the_fast_engine_decodes_what_the_plain_one_does(case):
+    """In float32 the same tokens, and log-probabilities equal to those of one full forward pass."""
+    model = engine_lm(*ENGINE_CASES[case], torch.float32)
+    plain, fast = engine_rollout(model, "plain"), engine_rollout(model, "fast")
+    for name in ("input_ids", "attention_mask", "finished"):
+        assert torch.equal(getattr(fast, name), getattr(plain, name)), name
+    with torch.no_grad():
+        full = model.token_logprobs(fast.input_ids, fast.attention_mask, fast.chosen, fast.prompt_length)
+    assert (full - fast.logprobs)[fast.chosen].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("case", ENGINE_CASES)
+def test_the_fast_engine_rounds_no_worse_than_the_plain_one_in_bfloat16(case):
+    """Against float32 weights of the same values: our products, norms and merged weights lose nothing more."""
+    model = engine_lm(*ENGINE_CASES[case], torch.bfloat16)
+    exact = copy.deepcopy(model).float()
+    gaps = {}
+    for engine in ("plain", "fast"):
+        rollout = engine_rollout(model, engine)
+        with torch.no_grad():
+            full = exact.token_logprobs(
+                rollout.input_ids, rollout.attention_mask, rollout.chosen, rollout.prompt_length
+            )
+        gaps[engine] = (full - rollout.logprobs)[rollout.chosen].abs().mean().item()
+    assert gaps["fast"] < 1.2 * gaps["plain"], gaps
+
+
+def test_trained_weights_reach_graphs_that_were_captured_before():
+    model = engine_lm(*ENGINE_CASES["small"], torch.float32)
+    before = engine_rollout(model, "fast")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * parameter.std() * torch.randn_like(parameter))
+    plain, fast = engine_rollout(model, "plain"), engine_rollout(model, "fast")
+    assert torch.equal(fast.input_ids, plain.input_ids)
+    assert fast.input_ids.shape != before.input_ids.shape or not torch.equal(fast.input_ids, before.input_ids)

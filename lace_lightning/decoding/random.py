@@ -15,13 +15,13 @@ _MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
 _MIX_2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
 
 
-def uniform(seeds: Tensor, num_threads: int, column: int) -> Tensor:
+def uniform(seeds: Tensor, num_threads: int, column: int | Tensor) -> Tensor:
     """One draw per thread.
 
     Args:
         seeds: (B,) int64, one per group.
         num_threads: N.
-        column: lattice time.
+        column: lattice time; a number, or (B, 1) one per group.
 
     Returns:
         (B, N) float64 in [0, 1), from the SplitMix64 finaliser (Steele, Lea and Flood, OOPSLA 2014).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -37,7 +37,7 @@ class GroupEngine:
         self._num_processors = torch.cuda.get_device_properties(self.state.held.device).multi_processor_count
 
     def begin(self, hidden: Tensor, keys: list[Tensor], values: list[Tensor], mask: Tensor, seeds: Tensor) -> None:
-        """Take over computed prompts: hidden states (B, D) before the final norm, caches (B, HKV, P, d), mask (B, P)."""
+        """Take over computed prompts: hidden states (B, D) before the last norm, (B, HKV, P, d) caches, (B, P) mask."""
         state, threads = self.state, self.state.capacity.num_threads
         self.weights.refresh()
         columns = mask.shape[1]
@@ -100,7 +100,8 @@ class GraphDecoding:
         capacity = Capacity(len(prompt_ids), num_threads, columns, decoder.max_new_tokens)
         self._engine = _engine(decoder, capacity)
         hidden, cache = read_prompt(decoder.model, prompt_ids, prompt_mask)
-        keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
+        layers: list[Any] = cache.layers
+        keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
         self._engine.begin(hidden, keys, values, prompt_mask, seeds)
 
     def advance(self, columns: int) -> None:

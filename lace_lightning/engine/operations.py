@@ -1,7 +1,7 @@
 """The operations of one decoding step on a GPU: which kernel, which tiles, which buffers.
 
-Up to :data:`THIN` rows a matrix product only reads its weights, and the norms and activations around it are fused into our
-own kernels. Above, the library's products are better.
+Up to :data:`THIN` rows a matrix product only reads its weights, and the norms and activations around it are fused into
+our own kernels. Above, the library's products are better.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from lace_lightning.exchange.rotary import Rotation
 THIN = 16
 """Most rows for which our own matrix products are used."""
 _BLOCK_V = 1024
-ATTEND = (64, 4, 2)
-SMALL = (64, 8)
+_KEYS_PER_STEP = 64
+"""Keys that a program of attention reads at once."""
 
 
 @dataclass(frozen=True)
@@ -215,12 +215,13 @@ class Operations:
             size.prompt, s.own_k[index], s.own_v[index], s.own_length, size.new,
         )  # fmt: skip
         queries = triton.next_power_of_2(max(16, heads // key_heads))
-        keys_per_step = 32 if self.x.dtype == torch.float32 else ATTEND[0]
-        options: dict[str, Any] = {"BLOCK_T": keys_per_step, "num_warps": ATTEND[1], "num_stages": ATTEND[2], **self._launch}
+        keys_per_step = _KEYS_PER_STEP // (2 if self.x.dtype == torch.float32 else 1)
+        options: dict[str, Any] = {"BLOCK_T": keys_per_step, "num_warps": 4, "num_stages": 2, **self._launch}
         if not self._plan.own_parts:
             attention.attend[(self._rows, key_heads)](
-                *inputs, self._attended, w.scale, size.num_threads, heads, key_heads, dim, has_norm, self._thin, queries, **options
-            )
+                *inputs, self._attended, w.scale, size.num_threads, heads, key_heads, dim, has_norm,
+                self._thin, queries, **options,
+            )  # fmt: skip
             return
         tile, parts = _tile_threads(s, w), self._plan.prompt_parts + self._plan.own_parts
         tiles = -(-size.num_threads // tile)
@@ -252,14 +253,14 @@ class Operations:
         if self._plan.exchange_parts == 0 and _is_small(side, size.num_threads):
             threads = max(triton.next_power_of_2(size.num_threads), -(-16 // config.heads))
             exchange.exchange_small[(size.num_groups,)](
-                *inputs, buffers.out, size.new, config.dim**-0.5, *shape, config.window or 0, threads, SMALL[0],
-                num_warps=SMALL[1], **self._launch,
+                *inputs, buffers.out, size.new, config.dim**-0.5, *shape, config.window or 0, threads,
+                _KEYS_PER_STEP, num_warps=8, **self._launch,
             )  # fmt: skip
             return
         exchange.exchange[(len(buffers.arrived), config.heads, buffers.parts)](
             *inputs, buffers.out, *buffers.joined[buffers.parts], buffers.arrived, size.new,
-            config.dim**-0.5, *shape, config.window or 0, buffers.parts, _exchange_block(size.num_threads), 64,
-            triton.next_power_of_2(config.width), num_warps=8, **self._launch,
+            config.dim**-0.5, *shape, config.window or 0, buffers.parts, _exchange_block(size.num_threads),
+            _KEYS_PER_STEP, triton.next_power_of_2(config.width), num_warps=8, **self._launch,
         )  # fmt: skip
 
     def project_attended(self, index: int, layer: LayerWeights) -> None:

@@ -1,9 +1,9 @@
 """Attention of one new token per thread over the group's prompt and the thread's own earlier tokens.
 
-The prompt's keys and values exist once per group, a thread's own ones once per thread. :func:`attend` reads both in one
-program per thread and key head. Where that would leave the device idle or read a long prompt once per thread,
-:func:`attend_parts` splits the keys, reads the prompt for many threads at once, and :func:`merge_parts` joins the partial
-softmaxes exactly, by their log-sum-exps.
+The prompt's keys and values exist once per group, a thread's own ones once per thread. :func:`attend` reads both in
+one program per thread and key head. Where that would leave the device idle or read a long prompt once per thread,
+:func:`attend_parts` splits the keys, reads the prompt for many threads at once, and :func:`merge_parts` joins the
+partial softmaxes exactly, by their log-sum-exps.
 
 Letters: M = B * N rows (threads), H query heads, HKV key heads, G = H / HKV, D head width.
 ``qkv`` (M, (H + 2 HKV) * D) is unrotated; prompt caches are (B, HKV, P, D), own caches (M, HKV, CAP, D).
@@ -86,7 +86,7 @@ def attend(
     N: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out (M, H * D); one program per thread and key head reads all of its keys, and asks for them EARLY if there are few."""
+    """out (M, H * D); one program per thread and key head reads all of its keys; few are asked for EARLY."""
     row, kv = tl.program_id(0), tl.program_id(1)
     G: tl.constexpr = H // HKV
     b = row // N
@@ -109,7 +109,9 @@ def attend(
     m = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * (scale * LOG2E)
     mass = tl.full((BLOCK_Q,), 1.0, tl.float32)
     acc = tl.zeros((BLOCK_Q, D), tl.float32) + v.to(tl.float32)
-    m, mass, acc = _over_keys(q, m, mass, acc, prompt_k + prompt, prompt_v + prompt, start, P, scale * LOG2E, D, BLOCK_T)
+    m, mass, acc = _over_keys(
+        q, m, mass, acc, prompt_k + prompt, prompt_v + prompt, start, P, scale * LOG2E, D, BLOCK_T
+    )
     m, mass, acc = _over_keys(q, m, mass, acc, own_k + own, own_v + own, 0, length, scale * LOG2E, D, BLOCK_T)
     dim = tl.arange(0, D)
     place = (row * H + kv * G + g)[:, None] * D + dim[None, :]
@@ -124,7 +126,7 @@ def attend_parts(
     TILE_N: tl.constexpr, PROMPT_PARTS: tl.constexpr, OWN_PARTS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_PQ: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Partial softmaxes: the first programs read a part of a prompt for TILE_N threads, the others a part of a thread."""
+    """Partial softmaxes: the first programs read a part of a prompt for TILE_N threads, the others of one thread."""
     sync(PDL)
     task, kv = tl.program_id(0), tl.program_id(1)
     TILES: tl.constexpr = (N + TILE_N - 1) // TILE_N
@@ -201,9 +203,7 @@ def _own_part(
     size = tl.cdiv(length, OWN_PARTS)
     keys = (row.to(tl.int64) * HKV + kv) * CAP * D
     last = tl.minimum((part + 1) * size, length)
-    m, mass, acc = _over_keys(
-        q, m, mass, acc, own_k + keys, own_v + keys, part * size, last, scale * LOG2E, D, BLOCK_T
-    )
+    m, mass, acc = _over_keys(q, m, mass, acc, own_k + keys, own_v + keys, part * size, last, scale * LOG2E, D, BLOCK_T)
     place = (row.to(tl.int64) * H + kv * G + g) * (PROMPT_PARTS + OWN_PARTS) + PROMPT_PARTS + part
     _store_part(part_acc, part_m, part_l, place, g < G, m, mass, acc, D)
 

@@ -21,11 +21,11 @@ def rms_norm(x, norm, eps, out, D: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.
 
 
 @triton.jit
-def silu_mul(gate_up, out, I: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """out (M, I) = silu(gate_up[:, :I]) * gate_up[:, I:]."""
+def silu_mul(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """out (M, WIDTH) = silu(gate_up[:, :WIDTH]) * gate_up[:, WIDTH:]."""
     sync(PDL)
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(gate_up + row * 2 * I + i, mask=i < I, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * I + I + i, mask=i < I, other=0.0).to(tl.float32)
-    tl.store(out + row * I + i, (gate / (1 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=i < I)
+    gate = tl.load(gate_up + row * 2 * WIDTH + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * WIDTH + WIDTH + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+    tl.store(out + row * WIDTH + i, (gate / (1 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=i < WIDTH)

@@ -24,7 +24,7 @@ def _partner(dim, TIME: tl.constexpr, THREAD: tl.constexpr):
 
 @triton.jit
 def _keys(q, m, mass, acc, k, v, readable, n, key_thread, scale, OWN: tl.constexpr):
-    """Go on with an online softmax over one block of keys, ``readable`` (queries, keys); who has read nothing keeps -inf."""
+    """Go on with an online softmax over a block of keys; ``readable`` is (queries, keys), an empty one keeps -inf."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     allowed = readable
     if OWN == "exclude":
@@ -53,7 +53,7 @@ def _angles(n, t, time_cos, time_sin, thread_cos, thread_sin, N: tl.constexpr, D
 
 @triton.jit
 def _turned(inputs, rows, takes_part, cos, sin, D: tl.constexpr, TIME: tl.constexpr, THREAD: tl.constexpr):
-    """(R, D): queries or keys at pointers ``rows`` (R,), turned by lattice time and by thread; zero where not written."""
+    """(R, D): queries or keys at pointers ``rows`` (R,), turned by time and thread; zero where not written."""
     dim = tl.arange(0, D)
     partner, mask = _partner(dim, TIME, THREAD), takes_part[:, None]
     x = tl.load(rows[:, None] + dim[None, :], mask=mask, other=0.0).to(tl.float32) * cos
@@ -72,7 +72,8 @@ def exchange(
     """out (B * N, r) = G * A_p of the fed column; grid (B * ceil(N / BLOCK_N), HEADS, PARTS).
 
     ``inputs`` (B * N, 4r) holds q, k, v and the gate's part of Z. Caches are (B, HEADS, CAP * N, D), time-major;
-    ``hidden`` (B, CAP * N) is 0 where a position may be read and -inf elsewhere: float32, so that its loads run ahead. ``time`` (B,) counts columns; the fed one is the last.
+    ``hidden`` (B, CAP * N) is 0 where a position may be read and -inf elsewhere: float32, so that its loads run ahead.
+    ``time`` (B,) counts columns; the fed one is the last.
     Of the programs that share BLOCK_N reading threads, the last one to finish joins their parts and heads, and gates.
     """
     tile, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -116,8 +117,14 @@ def exchange(
                 place = (cache + t * N + key_thread)[:, None] * D + dim[None, :]
                 tl.store(cache_k + place, k, mask=is_own[:, None])
                 tl.store(cache_v + place, v, mask=is_own[:, None])
-                tl.store(hidden + seen + t * N + key_thread, tl.where(readable, 0.0, float("-inf")), mask=is_own & (head == 0))
-            m, mass, acc = _keys(q, m, mass, acc, k, v, readable[None, :] & in_n[:, None], n, key_thread, scale * LOG2E, OWN)
+                tl.store(
+                    hidden + seen + t * N + key_thread,
+                    tl.where(readable, 0.0, float("-inf")),
+                    mask=is_own & (head == 0),
+                )
+            m, mass, acc = _keys(
+                q, m, mass, acc, k, v, readable[None, :] & in_n[:, None], n, key_thread, scale * LOG2E, OWN
+            )
     if not ALIGNED:
         for first in range(begin, end, BLOCK_T):
             i = first + tl.arange(0, BLOCK_T)

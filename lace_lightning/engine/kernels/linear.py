@@ -1,9 +1,9 @@
 """Thin matrix products: up to 16 rows times whole weight matrices, bound by reading the weights once.
 
-A program owns 16 rows of a weight, and its warps share out the inputs. Tensor cores sum over inputs in any order, as long as
-both operands agree on it: so a thread takes 16 contiguous bytes of a weight row straight from memory into the registers that
-the tensor core reads, without a detour through shared memory. The first step's weights are asked for before the previous
-kernel has ended, so memory does not idle between kernels.
+A program owns 16 rows of a weight, and its warps share out the inputs. Tensor cores sum over inputs in any order, as
+long as both operands agree on it: so a thread takes 16 contiguous bytes of a weight row straight from memory into the
+registers that the tensor core reads, without a detour through shared memory. The first step's weights are asked for
+before the previous kernel has ended, so memory does not idle between kernels.
 
 Written in Gluon, Triton's dialect with explicit layouts. Letters: M rows of activations, K inputs, O outputs, W warps.
 Weights are (O, K), as in ``nn.Linear``; K is a multiple of 8 W, O of 16.
@@ -69,7 +69,7 @@ def _times_slab(
     x, norm, w, first, M, K: gl.constexpr, NORM: gl.constexpr, BLOCK_M: gl.constexpr, W: gl.constexpr,
     STEP: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """W[first : first + 16] @ (x * norm)ᵀ and the sums of x², over each warp's share of K: (W, 16, BLOCK_M), (W, BLOCK_M)."""
+    """W[first : first + 16] @ (x * norm)ᵀ and sums of x² over each warp's inputs: (W, 16, BLOCK_M), (W, BLOCK_M)."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[W, 1, 1], instr_shape=[1, 16, 8])
     weight = _load_weights(w, first, 0, K, W, STEP)
     if PDL:
@@ -137,10 +137,10 @@ def project(
 @gluon.jit
 def project_add(
     x, w, x2, w2, residual, out, written, M,
-    K: gl.constexpr, K2: gl.constexpr, O: gl.constexpr, MASKED: gl.constexpr,
+    K: gl.constexpr, K2: gl.constexpr, OUTS: gl.constexpr, MASKED: gl.constexpr,
     BLOCK_M: gl.constexpr, W: gl.constexpr, STEP: gl.constexpr, STEP2: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """out (M, O) = residual + x @ wᵀ [+ x2 @ w2ᵀ, K2 / W <= STEP2]; MASKED leaves rows alone that are not ``written``."""
+    """out (M, OUTS) = residual + x @ wᵀ [+ x2 @ w2ᵀ]; MASKED leaves rows alone that are not ``written``."""
     first = gl.program_id(0) * 16
     if K2 > 0:
         weight2 = _load_weights(w2, first, 0, K2, W, STEP2)
@@ -153,19 +153,19 @@ def project_add(
     acc = gl.sum(parts, axis=0)
     o, m = _outputs(first, BLOCK_M, W)
     inside = m + o * 0 < M
-    acc += gl.load(residual + m * O + o, mask=inside, other=0.0).to(gl.float32)
+    acc += gl.load(residual + m * OUTS + o, mask=inside, other=0.0).to(gl.float32)
     if MASKED:
         inside = inside & (gl.load(written + m + o * 0, mask=inside, other=0) != 0)
-    gl.store(out + m * O + o, acc.to(out.dtype.element_ty), mask=inside)
+    gl.store(out + m * OUTS + o, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @gluon.jit
 def project_gated(
     x, norm, eps, w_gate, w_up, out, M,
-    K: gl.constexpr, O: gl.constexpr,
+    K: gl.constexpr, OUTS: gl.constexpr,
     BLOCK_M: gl.constexpr, W: gl.constexpr, STEP: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """out (M, O) = silu(h @ w_gateᵀ) * (h @ w_upᵀ) with h = RMSNorm(x): the first half of the MLP."""
+    """out (M, OUTS) = silu(h @ w_gateᵀ) * (h @ w_upᵀ) with h = RMSNorm(x): the first half of the MLP."""
     first = gl.program_id(0) * 16
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[W, 1, 1], instr_shape=[1, 16, 8])
     weight_gate = _load_weights(w_gate, first, 0, K, W, STEP)
@@ -191,4 +191,4 @@ def project_gated(
     g, u = gl.sum(gate, axis=0) * inverse, gl.sum(up, axis=0) * inverse
     o, m = _outputs(first, BLOCK_M, W)
     value = g / (1 + gl.exp(-g)) * u
-    gl.store(out + m * O + o, value.to(out.dtype.element_ty), mask=m + o * 0 < M)
+    gl.store(out + m * OUTS + o, value.to(out.dtype.element_ty), mask=m + o * 0 < M)

@@ -46,7 +46,7 @@ def draw(
     logits, tops, sums, cooled, inverse_temperature, seeds, time, drawn, logprobs, V, PARTS,
     N: tl.constexpr, GREEDY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One inverse-CDF draw per row, and its log-probability at temperature 1: first the block of logits, then the token."""
+    """One inverse-CDF draw per row and its log-probability at temperature 1: first the block, then the token in it."""
     sync(PDL)
     row = tl.program_id(0)
     b, n = row // N, row % N
