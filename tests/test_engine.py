@@ -175,6 +175,16 @@ def test_kernels_need_triton(monkeypatch):
     assert obstacle(model) is None and "triton, which is not installed" in (obstacle(model, "cuda") or "")
 
 
+def test_kernels_need_a_triton_with_gluon(monkeypatch):
+    def find(name):
+        if name != "triton":
+            raise ModuleNotFoundError(name)
+        return name
+
+    monkeypatch.setattr(weights, "find_spec", find)
+    assert "Gluon (3.6 or newer)" in (obstacle(model_of("qwen3", WIDE, lattice()), "cuda") or "")
+
+
 def test_an_unknown_engine_is_named():
     with pytest.raises(ValueError, match="engine='warp' is unknown.*auto, fast, plain"):
         GroupDecoder(body("qwen3"), Sampling(), 5, EOS, PAD, engine="warp")  # type: ignore[arg-type]

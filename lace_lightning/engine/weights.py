@@ -147,8 +147,12 @@ def obstacle(model: ThreadedLM, device: str | None = None) -> str | None:
 
 def _kernel_obstacle(model: ThreadedLM, head_dim: int) -> str | None:
     """What the kernels for CUDA cannot do, beyond what the step in plain torch cannot."""
-    if find_spec("triton") is None:
+    if not _is_installed("triton"):
         return "its kernels need triton, which is not installed"
+    if not _is_installed("triton.experimental.gluon"):
+        return "its kernels need a triton with Gluon (3.6 or newer)"
+    if torch.version.hip or (torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)):
+        return "its kernels need an NVIDIA GPU of compute capability 8.0 or more"
     if not _fits_kernels(head_dim):
         return f"the backbone's heads are {head_dim} wide: kernels take powers of two from {MIN_WIDTH} on"
     for block in model.exchange_at.values():
@@ -157,6 +161,13 @@ def _kernel_obstacle(model: ThreadedLM, head_dim: int) -> str | None:
         if not _fits_kernels(block.config.dim):
             return f"the lattice's heads are {block.config.dim} wide: kernels take powers of two from {MIN_WIDTH} on"
     return None
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # a parent package lacks
+        return False
 
 
 def _fits_kernels(width: int) -> bool:
