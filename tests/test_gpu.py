@@ -380,3 +380,14 @@ def test_trained_weights_reach_graphs_that_were_captured_before():
     plain, fast = engine_rollout(model, "plain"), engine_rollout(model, "fast")
     assert torch.equal(fast.input_ids, plain.input_ids)
     assert fast.input_ids.shape != before.input_ids.shape or not torch.equal(fast.input_ids, before.input_ids)
+
+
+def test_a_batch_does_not_go_on_in_the_place_of_a_later_one():
+    """Both would write into the same caches."""
+    model = engine_lm(*ENGINE_CASES["small"], torch.float32)
+    rules = GroupDecoder(model, Sampling(), 40, [2900], 0, engine="fast")
+    first = rules.start([[7, 8, 9]], 4, [1])
+    first.advance(2)
+    rules.start([[7, 8, 9]], 4, [1]).advance(2)
+    with pytest.raises(RuntimeError, match="one at a time"):
+        first.advance(1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lace_lightning.bench import floors
 from lace_lightning.bench.bench import OFF, Bench, joined
 from lace_lightning.bench.clock import free_memory, spread
-from lace_lightning.bench.decoding import Point, make_decoder
+from lace_lightning.bench.decoding import Point, make_decoder, timed_start
 from lace_lightning.bench.peers import peers
 from lace_lightning.decoding import GroupDecoder
 from lace_lightning.threaded_lm import ThreadedLM
@@ -64,12 +64,7 @@ def measure(bench: Bench, models: dict[str, ThreadedLM], point: Point) -> dict[s
 
 def _sample(bench: Bench, decoder: GroupDecoder, point: Point) -> Sample:
     """Decode from the start: the prefill is timed, the lead-in is not, the columns behind it are."""
-    prompts, started = bench.prompts(point.groups, point.prompt), []
-    bench.clock.settle()
-    prefill = bench.clock.milliseconds(
-        lambda: started.append(decoder.start(prompts, point.threads, list(range(point.groups))))
-    )
-    [decoding] = started
+    prefill, decoding = timed_start(bench, decoder, point.groups, point.threads, point.prompt)
     decoding.advance(point.lead_in)
     step = bench.clock.milliseconds(lambda: decoding.advance(point.columns)) / point.columns
     logprobs = decoding.rollout().logprobs[..., point.prompt :]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from lace_lightning.decoding import Engine, GroupDecoder, Sampling
+from lace_lightning.decoding import Decoding, Engine, GroupDecoder, Sampling
 from lace_lightning.threaded_lm import ThreadedLM
+
+if TYPE_CHECKING:
+    from lace_lightning.bench.bench import Bench
 
 NEVER = -1
 """An end-of-sequence id that no sampler can draw: every thread writes until the last column."""
@@ -45,6 +48,16 @@ class Point:
     def __str__(self) -> str:
         groups = f"{self.groups} × " if self.groups > 1 else ""
         return f"{groups}N={self.threads}, prompt {self.prompt}, time {self.lattice_time}"
+
+
+def timed_start(bench: Bench, decoder: GroupDecoder, groups: int, threads: int, prompt: int) -> tuple[float, Decoding]:
+    """Milliseconds of the prefill, and what stands before its first column."""
+    prompts, started = bench.prompts(groups, prompt), []
+    bench.clock.settle()
+    milliseconds = bench.clock.milliseconds(
+        lambda: started.append(decoder.start(prompts, threads, list(range(groups))))
+    )
+    return milliseconds, started[0]
 
 
 def make_decoder(model: ThreadedLM, max_new_tokens: int, engine: str) -> GroupDecoder:

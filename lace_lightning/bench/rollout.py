@@ -12,7 +12,7 @@ import torch
 from lace_lightning.bench import floors
 from lace_lightning.bench.bench import Bench, joined
 from lace_lightning.bench.clock import free_memory, spread
-from lace_lightning.bench.decoding import make_decoder
+from lace_lightning.bench.decoding import make_decoder, timed_start
 from lace_lightning.decoding import GroupDecoder, Rollout
 from lace_lightning.threaded_lm import ThreadedLM
 
@@ -65,12 +65,7 @@ def rollout(bench: Bench, batch: Batch, score_groups: int) -> Iterator[dict[str,
 
 
 def _sample(bench: Bench, decoder: GroupDecoder, batch: Batch) -> Sample:
-    prompts, started = bench.prompts(batch.groups, batch.prompt), []
-    bench.clock.settle()
-    prefill = bench.clock.milliseconds(
-        lambda: started.append(decoder.start(prompts, batch.threads, list(range(batch.groups))))
-    )
-    [decoding] = started
+    prefill, decoding = timed_start(bench, decoder, batch.groups, batch.threads, batch.prompt)
     decode = bench.clock.milliseconds(lambda: decoding.advance(batch.new_tokens))
     return Sample(prefill, decode, decoding.rollout())
 

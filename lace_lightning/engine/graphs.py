@@ -33,12 +33,14 @@ class GroupEngine:
         self.operations = Operations(
             self.weights, self.state, decoder.rules, decoder.sampling, pdl=_has_dependent_launch()
         )
+        self.num_batches = 0
         self._graphs: dict[Plan, torch.cuda.CUDAGraph] = {}
         self._num_processors = torch.cuda.get_device_properties(self.state.held.device).multi_processor_count
 
     def begin(self, hidden: Tensor, keys: list[Tensor], values: list[Tensor], mask: Tensor, seeds: Tensor) -> None:
         """Take over computed prompts: hidden states (B, D) before the last norm, (B, HKV, P, d) caches, (B, P) mask."""
         state, threads = self.state, self.state.capacity.num_threads
+        self.num_batches += 1
         self.weights.refresh()
         columns = mask.shape[1]
         for cache, layers in ((state.prompt_k, keys), (state.prompt_v, values)):
@@ -46,7 +48,7 @@ class GroupEngine:
                 target[:, :, state.capacity.prompt - columns :] = layer
         state.prompt_start.copy_(state.capacity.prompt - mask.sum(-1))
         state.seeds.copy_(seeds)
-        state.reset(self.operations._pad_id)
+        state.reset(self.operations.pad_id)
         state.held.copy_(hidden.repeat_interleave(threads, 0))
 
     def first_column(self) -> None:
@@ -103,8 +105,11 @@ class GraphDecoding:
         layers: list[Any] = cache.layers
         keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
         self._engine.begin(hidden, keys, values, prompt_mask, seeds)
+        self._batch = self._engine.num_batches
 
     def advance(self, columns: int) -> None:
+        if self._batch != self._engine.num_batches:
+            raise RuntimeError("another batch of this model was started: the fast engine holds one at a time")
         for _ in range(min(columns, self._limit - self._time)):
             if self._time == 0:
                 self._engine.first_column()
@@ -119,10 +124,10 @@ class GraphDecoding:
         at, state = self._time - 1, self._engine.state
         return Column(
             at,
-            state.out_tokens[..., at],
+            state.out_tokens[..., at].clone(),
             state.out_written[..., at].bool(),
             state.out_forced[..., at].bool(),
-            state.out_logprobs[..., at],
+            state.out_logprobs[..., at].clone(),
         )
 
     def force(self, tokens: Tensor) -> None:

@@ -146,7 +146,7 @@ class Operations:
     def __init__(
         self, weights: DecoderWeights, state: GroupState, rules: Rules, draws: Sampling, pdl: bool = True
     ) -> None:
-        self.weights, self.state, self.draws, self._pad_id, self._pdl = weights, state, draws, rules.pad_id, pdl
+        self.weights, self.state, self.draws, self.pad_id = weights, state, draws, rules.pad_id
         self._launch: dict[str, Any] = {"PDL": pdl} | ({"launch_pdl": True} if pdl else {})
         like, rows, size = weights.embedding, state.capacity.rows, state.capacity
         self._rows, self._thin = rows, _is_thin(weights, rows)
@@ -326,7 +326,7 @@ class Operations:
         s, size = self.state, self.state.capacity
         sampling.advance[(size.num_groups,)](
             self._drawn, self._drawn_logprobs, s.tokens, s.written, s.due, s.opened, s.waiting, s.ended, s.own_length,
-            s.time, s.out_tokens, s.out_written, s.out_forced, s.out_logprobs, self._eos, self._opening, self._pad_id,
+            s.time, s.out_tokens, s.out_written, s.out_forced, s.out_logprobs, self._eos, self._opening, self.pad_id,
             size.new, size.num_threads, len(self._eos), len(self._opening), triton.next_power_of_2(size.num_threads),
             num_warps=1, **self._launch,
         )  # fmt: skip
