@@ -105,7 +105,7 @@ class Bench:
     Args:
         settings: the shared options.
         progress: is told in a few words what runs.
-        commit: recorded where the code runs outside of a git checkout.
+        commit: recorded instead of the git state, where the code runs in a copy.
     """
 
     settings: Settings

@@ -16,15 +16,14 @@ _SAMPLES = 5
 
 
 def describe(device: torch.device, commit: str | None = None) -> dict[str, Any]:
-    """Hardware, versions and git state; ``commit`` stands in where the code runs outside of a checkout."""
+    """Hardware, versions and git state; a given ``commit`` stands for the git state."""
     record = hardware()
-    git = git_state(Path(__file__).parent)
     return {
         "name": torch.cuda.get_device_name(device) if device.type == "cuda" else record["cpu"],
         "device": device.type,
         "hardware": record,
         "versions": versions(),
-        "git": git or {"commit": commit, "dirty": None},
+        "git": (not commit and git_state(Path(__file__).parent)) or {"commit": commit, "dirty": None},
     }
 
 

@@ -136,7 +136,7 @@ def _shared() -> argparse.ArgumentParser:
     )
     machine.add_argument("--seed", type=int, default=0, help="of weights and prompts (0)")
     machine.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help=f"for the JSON file ({RESULTS})")
-    machine.add_argument("--commit", metavar="TEXT", help="recorded where the code is no git checkout")
+    machine.add_argument("--commit", metavar="TEXT", help="recorded instead of the git state (copies)")
     return parser
 
 
