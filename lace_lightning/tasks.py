@@ -25,6 +25,24 @@ class Verdict(StrEnum):
     UNPARSABLE = "unparsable"
 
 
+class FollowUp(StrEnum):
+    """What a model may be asked about a problem besides solving it; methods that baselines need ask these.
+
+    The texts that go with each: ``STEP`` (steps so far): write the next step only. ``RATE`` (steps so far): how
+    promising is this. ``REFINE`` (earlier attempts, oldest first): improve on the last. ``JUDGE`` (candidates): which
+    one is right. ``MERGE`` (paths): read them all and answer. ``FORK`` (none): open branches. ``BRANCH`` (the heading
+    of one branch): work it out.
+    """
+
+    STEP = "step"
+    RATE = "rate"
+    REFINE = "refine"
+    JUDGE = "judge"
+    MERGE = "merge"
+    FORK = "fork"
+    BRANCH = "branch"
+
+
 class Task(ABC):
     """Asks, plays and judges problems.
 
@@ -47,6 +65,14 @@ class Task(ABC):
     def adapt(self, problem: Problem) -> Problem:
         """A problem read from a file, worded the way this task asks it."""
         return problem
+
+    def follow_up(self, kind: FollowUp, problem: Problem, texts: Sequence[str]) -> str:
+        """The text to put in place of the problem's own, before the template, to ask ``kind`` about it.
+
+        Raises:
+            ValueError: this task has no wording for it.
+        """
+        raise ValueError(f"{type(self).__name__} has no wording for {kind.value!r}: leave out the methods that ask it")
 
     @abstractmethod
     def judge(self, items: Sequence[tuple[Problem, Thread]]) -> list[Verdict]:

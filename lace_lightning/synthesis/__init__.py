@@ -1,0 +1,1 @@
+"""From real problems to verified, diverse, tagged traces (LACE.md §5)."""
