@@ -92,10 +92,12 @@ def test_flash_takes_many_head_widths(width, kernel):
     compare(LatticeAttentionConfig(width=width, heads=2, backend="flash"), torch.bfloat16)
 
 
-def test_flash_reads_all_visible_lattices_without_a_wider_head(kernel):
+@pytest.mark.parametrize("columns", [200, 2048])
+def test_flash_reads_all_visible_lattices_without_a_wider_head(columns, kernel):
     """No padded head: the kernel sees the plain width, and agrees with float64 attention."""
-    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 2, 4 * 200, 32, device="cuda").bfloat16().unbind(0))
-    mask = LatticeMask(Topology(), 4, torch.ones(1, 800, dtype=torch.bool, device="cuda"), 0, 800)
+    size = 4 * columns
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 2, size, 32, device="cuda").bfloat16().unbind(0))
+    mask = LatticeMask(Topology(), 4, torch.ones(1, size, dtype=torch.bool, device="cuda"), 0, size)
     grad = torch.randn_like(q)
     out = backends.BACKENDS["flash"].attend(q, k, v, mask)
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
@@ -322,6 +324,7 @@ ENGINE_CASES = {
     "aligned": (replace(ENGINE, scope="aligned", own="exclude"), 4),
     "aligned-many": (replace(ENGINE, scope="aligned"), 40),
     "window": (replace(ENGINE, scope="window", window=7), 12),
+    "wide": (LatticeAttentionConfig(width=512, heads=16), 4),  # the gate passes in blocks
 }
 
 
@@ -337,9 +340,9 @@ def engine_lm(config: LatticeAttentionConfig | None, num_threads: int, dtype: to
     return (wake(model) if config else model).cuda().eval()
 
 
-def engine_rollout(model: ThreadedLM, engine: str) -> Rollout:
+def engine_rollout(model: ThreadedLM, engine: str, **sampling: float) -> Rollout:
     """Prompts of 5 and 140 tokens, ends at different times, a barrier."""
-    rules = GroupDecoder(model, Sampling(), 40, list(range(2900, 2910)), 0, [5, 6], engine=engine)
+    rules = GroupDecoder(model, Sampling(**sampling), 40, list(range(2900, 2910)), 0, [5, 6], engine=engine)
     return rules.decode([list(range(7, 12)), list(range(10, 150))], model.num_threads, [1, 2])
 
 
@@ -369,6 +372,14 @@ def test_the_fast_engine_rounds_no_worse_than_the_plain_one_in_bfloat16(case):
             )
         gaps[engine] = (full - rollout.logprobs)[rollout.chosen].abs().mean().item()
     assert gaps["fast"] < 1.2 * gaps["plain"], gaps
+
+
+@pytest.mark.parametrize("rule", [{"top_k": 7}, {"top_p": 0.8}, {"min_p": 0.1, "temperature": 0.7}], ids=str)
+def test_truncated_sampling_in_the_graph_draws_what_the_plain_engine_draws(rule):
+    model = engine_lm(*ENGINE_CASES["small"], torch.float32)
+    plain, fast = (engine_rollout(model, engine, **rule) for engine in ("plain", "fast"))
+    assert torch.equal(fast.input_ids, plain.input_ids)
+    torch.testing.assert_close(fast.logprobs, plain.logprobs, rtol=0, atol=1e-4)
 
 
 def test_trained_weights_reach_graphs_that_were_captured_before():

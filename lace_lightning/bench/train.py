@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lace_lightning.bench import floors
 from lace_lightning.bench.bench import Bench, joined
-from lace_lightning.bench.clock import free_memory, spread
+from lace_lightning.bench.clock import CaseFailed, free_memory, spread
 from lace_lightning.bench.memory import allocated_bytes, peak_bytes, reset_peak
 from lace_lightning.compiled_layers import compile_layers
 from lace_lightning.threaded_lm import ThreadedLM
@@ -115,8 +115,16 @@ def _measure(bench: Bench, grid: Grid) -> dict[str, Any]:
 
 
 def _sample(bench: Bench, trainee: Trainee) -> float:
+    """Milliseconds of a step.
+
+    Raises:
+        CaseFailed: the loss is not finite. Products of NaNs draw less power and are faster: they measure nothing.
+    """
     bench.clock.settle()
-    return bench.clock.milliseconds(trainee.step)
+    taken = bench.clock.milliseconds(trainee.step)
+    if not trainee.loss.isfinite():
+        raise CaseFailed(f"the loss is {float(trainee.loss)}")
+    return taken
 
 
 def _record(bench: Bench, model: ThreadedLM, grid: Grid, samples: Sequence[float]) -> dict[str, Any]:

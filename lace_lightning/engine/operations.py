@@ -26,6 +26,8 @@ THIN = 16
 _BLOCK_V = 1024
 _KEYS_PER_STEP = 64
 """Keys that a program of attention reads at once."""
+_GATE_BYTES = 2**16
+"""Largest gate that a program keeps whole beside the rest, without spilling registers."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,10 @@ def _is_thin(weights: DecoderWeights, rows: int) -> bool:
 
 
 def _is_small(side: SidePath, num_threads: int) -> bool:
-    """Whether one program can hold the queries of all threads and heads of a group."""
-    heads = side.config.heads
-    return triton.next_power_of_2(heads) == heads and triton.next_power_of_2(num_threads) * heads <= 64
+    """Whether one program can hold the queries of all threads and heads of a group, and the gate's weights."""
+    heads, weights = side.config.heads, side.w_gate.numel() * side.w_gate.element_size()
+    is_whole = triton.next_power_of_2(heads) == heads
+    return is_whole and triton.next_power_of_2(num_threads) * heads <= 64 and weights <= _GATE_BYTES
 
 
 def _exchange_block(num_threads: int) -> int:

@@ -26,8 +26,6 @@ from torch import Tensor
 
 from lace_lightning.lattice import LatticeMask, Own
 
-ALIGNMENT = 8
-"""Kernels take head widths that are multiples of it."""
 HIDDEN = -30_000.0
 """Score of an invisible key: far below any real one, and within float16."""
 
@@ -43,6 +41,7 @@ class Kernel:
         backward: (gradient of the output, q, k, v, output, log-sum-exp, scale, window) -> gradients of q, k and v.
         device: type of device that it runs on.
         dtypes: that it takes.
+        alignment: head widths are multiples of it.
         max_width: of a head.
     """
 
@@ -50,7 +49,12 @@ class Kernel:
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     device: str = "cuda"
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+    alignment: int = 8
     max_width: int = 256
+
+    def width(self, dim: int) -> int:
+        """The width that heads of ``dim`` are padded to."""
+        return -(-dim // self.alignment) * self.alignment
 
 
 # ---------------------------------------------------------------- the backend
@@ -94,7 +98,7 @@ def refusal(mask: LatticeMask, dtype: torch.dtype, dim: int) -> str | None:
     if mask.key_visible.device.type != kernel.device or dtype not in kernel.dtypes:
         dtypes = " or ".join(str(known).removeprefix("torch.") for known in kernel.dtypes)
         return f"its kernel {name} needs {kernel.device} and {dtypes}"
-    if dim + ALIGNMENT > kernel.max_width:
+    if kernel.width(dim + 1) > kernel.max_width:
         return f"its kernel {name} takes no heads of width {dim}"
     return None
 
@@ -119,7 +123,7 @@ def thread_attention(
         (B, N, L, h, d), zero where nothing may be read, and log-sum-exp (B, N, L, h) float32.
     """
     pairs = _pairs(q.shape[1], own, q.device)
-    wide_q, wide_k, wide_v = _widened(q, k, v, visible)
+    wide_q, wide_k, wide_v = _widened(q, k, v, visible, KERNELS[kernel])
     out, lse = KERNELS[kernel].forward(
         pairs.queries(wide_q), wide_k.flatten(0, 1), wide_v.flatten(0, 1), q.shape[-1] ** -0.5, window
     )
@@ -145,7 +149,7 @@ def _thread_attention_backward(
     """Gradients of q, k and v, each (B, N, L, h, d)."""
     batch, threads, _, _, dim = q.shape
     pairs = _pairs(threads, own, q.device)
-    wide_q, wide_k, wide_v = _widened(q, k, v, visible)
+    wide_q, wide_k, wide_v = _widened(q, k, v, visible, KERNELS[kernel])
     grad = grad.masked_fill((lse < HIDDEN / 2)[..., None], 0.0)
     wide_grad, wide_out = (F.pad(x, (0, wide_q.shape[-1] - dim)) for x in (grad, out))
     grad_q, grad_k, grad_v = KERNELS[kernel].backward(
@@ -197,13 +201,13 @@ class _Pairs:
 _pairs = cache(_Pairs)
 
 
-def _widened(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, N, L, h, d') each, d' a multiple of 8, with the dim in which invisible keys stand out."""
+def _widened(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, kernel: Kernel) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, N, L, h, d') each, d' as the kernel takes it, with the dim in which invisible keys stand out."""
     dim = q.shape[-1]
     if visible is not None:
         q = torch.cat([q, q.new_full((*q.shape[:-1], 1), dim**0.5)], dim=-1)
         k = torch.cat([k, torch.where(visible, 0.0, HIDDEN).to(k.dtype)[..., None, None].expand_as(k[..., :1])], dim=-1)
-    width = -(-q.shape[-1] // ALIGNMENT) * ALIGNMENT
+    width = kernel.width(q.shape[-1])
     q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     return q, k, v
 
@@ -292,7 +296,7 @@ def _has(distribution: str) -> bool:
 
 KERNELS: dict[str, Kernel] = {
     "torch": Kernel(_torch_forward, _torch_backward),
-    "flash-attn-4": Kernel(_cute_forward, _cute_backward),
+    "flash-attn-4": Kernel(_cute_forward, _cute_backward, alignment=32, max_width=128),
 }
 INSTALLED = "flash-attn-4" if _has("flash-attn-4") else "torch"
 """The kernel in use. PyTorch's own is FlashAttention-2, or what ``activate_flash_attention_impl`` put in its place."""

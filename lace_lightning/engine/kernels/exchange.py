@@ -255,20 +255,24 @@ def _gate(
     inputs, written, w_gate, b_gate, out, b, n,
     N: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """out = G * A_p of threads ``n``, whose A_p stands in ``out``."""
+    """out = G * A_p of threads ``n``, whose A_p stands in ``out``; W_g, (r, r), passes in blocks of its outputs."""
     R: tl.constexpr = HEADS * D
-    r = tl.arange(0, BLOCK_R)
-    rows = b * N + n
-    inside = (n < N)[:, None] & (r < R)[None, :]
-    place = out + rows[:, None].to(tl.int64) * R + r[None, :]
-    read = tl.load(place, mask=inside, other=0.0, cache_modifier=".cg")
-    # W_g's rows that see A_p: (r, r), and the gate's part of Z that the input projection has made.
-    weight = tl.load(w_gate + r[:, None] * R + r[None, :], mask=(r < R)[:, None] & (r < R)[None, :], other=0.0)
-    gate = tl.dot(read, tl.trans(weight), input_precision="ieee")
-    from_z = inputs + rows[:, None].to(tl.int64) * (4 * R) + 3 * R + r[None, :]
-    gate += tl.load(from_z, mask=inside, other=0.0).to(tl.float32)
-    gate += tl.load(b_gate + r, mask=r < R, other=0.0).to(tl.float32)[None, :]
-    takes_part = (tl.load(written + rows, mask=n < N, other=0) != 0)[:, None]
-    value = tl.where(takes_part, read.to(tl.float32) / (1 + tl.exp(-gate)), 0.0)
-    tl.debug_barrier()
-    tl.store(place, value.to(out.dtype.element_ty), mask=inside)
+    BLOCK_G: tl.constexpr = min(BLOCK_R, 64)
+    rows, r = b * N + n, tl.arange(0, BLOCK_R)
+    in_n = n < N
+    place = out + rows[:, None].to(tl.int64) * R
+    read = tl.load(place + r[None, :], mask=in_n[:, None] & (r < R)[None, :], other=0.0, cache_modifier=".cg")
+    takes_part = (tl.load(written + rows, mask=in_n, other=0) != 0)[:, None]
+    from_z = inputs + rows[:, None].to(tl.int64) * (4 * R) + 3 * R
+    for first in range(0, R, BLOCK_G):
+        g = first + tl.arange(0, BLOCK_G)
+        inside = in_n[:, None] & (g < R)[None, :]
+        # W_g's rows that see A_p, and the gate's part of Z that the input projection has made.
+        weight = tl.load(w_gate + g[:, None] * R + r[None, :], mask=(g < R)[:, None] & (r < R)[None, :], other=0.0)
+        gate = tl.dot(read, tl.trans(weight), input_precision="ieee")
+        gate += tl.load(from_z + g[None, :], mask=inside, other=0.0).to(tl.float32)
+        gate += tl.load(b_gate + g, mask=g < R, other=0.0).to(tl.float32)[None, :]
+        own = tl.load(place + g[None, :], mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+        value = tl.where(takes_part, own / (1 + tl.exp(-gate)), 0.0)
+        tl.debug_barrier()  # all have loaded what they read
+        tl.store(place + g[None, :], value.to(out.dtype.element_ty), mask=inside)
