@@ -88,7 +88,7 @@ def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
         (mask_of(Topology("aligned")), torch.float32, 8, "scope aligned"),
         (mask_of(Topology(), first_column=9), torch.float32, 8, "cached pass"),
         (mask_of(Topology()), torch.float16, 8, "plain needs cpu and float64 or float32 or bfloat16"),
-        (mask_of(Topology()), torch.float32, 255, "no heads of width 255"),
+        (mask_of(Topology()), torch.float32, 256, "no heads of width 256"),
     ],
 )
 def test_flash_gives_way_with_a_reason_and_says_so_once(mask, dtype, dim, reason, log):
