@@ -147,7 +147,7 @@ def test_plot_draws_what_was_measured_and_links_it_the_same_bytes_every_time(tmp
     docs.mkdir()
     (docs / "performance.md").write_text(PAGE.read_text())
     options = ["--device", "cpu", "--repeats", "1", "--out", str(results)]
-    assert main("bench growth --threads 1 2 --sweep threads width --widths 8 --columns 3".split() + options) == 0
+    assert main("bench growth --threads 1 2 --sweep threads width memory --widths 8 --columns 3".split() + options) == 0
     assert main("bench decode --prompt 5 --columns 3 --peers dynamic".split() + options) == 0
     for path in results.glob("*.json"):  # as if it were no test
         path.write_text(path.read_text().replace('"shape": "tiny"', '"shape": "somewhere/model.json"'))

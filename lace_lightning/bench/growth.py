@@ -16,7 +16,6 @@ from lace_lightning.bench.memory import memory_cells
 from lace_lightning.decoding import Decoding
 from lace_lightning.threaded_lm import ThreadedLM
 
-SWEEPS = ("threads", "prompt", "lattice_time", "width")
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Sweeps:
 
 
 def growth(bench: Bench, sweeps: Sweeps) -> Iterator[dict[str, Any]]:
-    """One cell for each value of each sweep, with ``sweep`` and ``at``; memory where one sweep has its own points."""
+    """One cell of step times for each value of each sweep, with ``sweep`` and ``at``."""
     check_times(bench, sweeps)
     backbone = bench.backbone()
     models = bench.models(backbone=backbone)
@@ -44,13 +43,11 @@ def growth(bench: Bench, sweeps: Sweeps) -> Iterator[dict[str, Any]]:
         wide = bench.models(width=value, backbone=backbone)
         yield {"sweep": "width", "at": value} | measure(bench, wide, sweeps.base)
         del wide
-    del models, backbone
+
+
+def memory_growth(bench: Bench, sweeps: Sweeps) -> Iterator[dict[str, Any]]:
+    """Cells of peak memory, with ``sweep`` named ``memory against …``; lattice time has none of its own."""
     free_memory()
-    yield from _memory(bench, sweeps)
-
-
-def _memory(bench: Bench, sweeps: Sweeps) -> Iterator[dict[str, Any]]:
-    """The cells that hold peak memory, with ``sweep`` named ``memory against …``."""
     for name in ("threads", "prompt"):
         points = [replace(sweeps.base, **{name: value}) for value in getattr(sweeps, name)]
         for value, cell in zip(getattr(sweeps, name), memory_cells(bench, points) if points else (), strict=True):

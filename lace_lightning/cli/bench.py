@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SCOPES = ("causal", "aligned", "window")
 PEERS = ("dynamic", "static", "compiled", "continuous", "graph", "plain")
-SWEEPS = ("threads", "prompt", "lattice_time", "width")
+SWEEPS = ("threads", "prompt", "lattice_time", "width", "memory")
 RESULTS = Path("benchmarks/results")
 
 
@@ -94,7 +94,13 @@ def _parser() -> argparse.ArgumentParser:
     _counts(growth, "--prompts", [50, 512, 2048, 8192, 16384], "prompt tokens: one sweep")
     _counts(growth, "--times", [50, 512, 2048, 8192, 16384], "columns already written: one sweep, one long decoding")
     _counts(growth, "--widths", [32, 64, 128, 256, 512], "lattice widths: one sweep")
-    growth.add_argument("--sweep", nargs="+", choices=SWEEPS, default=SWEEPS, help="which of them (all)")
+    growth.add_argument(
+        "--sweep",
+        nargs="+",
+        choices=SWEEPS,
+        default=SWEEPS,
+        help="which of them (all); memory: of the others named, or of all",
+    )
     _count_of(growth, "--columns", 32, "columns that are timed at once; the other sweeps stay at N=4, prompt 50")
 
     meaning = "redraw the figures and refill the tables of docs/performance.md from the results"
@@ -190,11 +196,14 @@ def _train(bench: Bench, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def _growth(bench: Bench, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from lace_lightning.bench.decoding import Point
-    from lace_lightning.bench.growth import Sweeps, growth
+    from lace_lightning.bench.growth import Sweeps, growth, memory_growth
 
+    base = Point(4, 1, 50, 0, given.columns)
     values = {"threads": given.threads, "prompt": given.prompts, "lattice_time": given.times, "width": given.widths}
-    asked = {name: values[name] for name in given.sweep}
-    yield from growth(bench, Sweeps(Point(4, 1, 50, 0, given.columns), **asked))
+    asked = {name: values[name] for name in values if name in given.sweep}
+    yield from growth(bench, Sweeps(base, **asked))
+    if "memory" in given.sweep:
+        yield from memory_growth(bench, Sweeps(base, **(asked or values)))
 
 
 COMMANDS: dict[str, Callable[[Bench, argparse.Namespace], Iterator[dict[str, Any]]]] = {
