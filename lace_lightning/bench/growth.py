@@ -17,7 +17,6 @@ from lace_lightning.decoding import Decoding
 from lace_lightning.threaded_lm import ThreadedLM
 
 
-
 @dataclass(frozen=True)
 class Sweeps:
     """Values of each sweep; an empty one is left out. What a sweep does not vary stays at ``base``."""
