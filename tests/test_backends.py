@@ -152,6 +152,15 @@ def test_the_operator_keeps_the_promises_that_compilers_rely_on():
         torch.library.opcheck(flash.thread_attention, (*tensors, shown, "exclude", 2, "plain"))
 
 
+def test_the_gradients_have_the_dtypes_that_compilers_are_promised(monkeypatch):
+    """A compiled program reads what it is handed as what it was promised."""
+    kernel = replace(PLAIN_KERNEL, backward=lambda grad, q, k, v, *rest: (q.clone(), k.clone(), v.clone()))
+    monkeypatch.setitem(flash.KERNELS, "plain", kernel)
+    q, k, v = (x.detach().bfloat16() for x in thread_inputs()[:3])
+    given = (q, q, k, v, None, q, torch.zeros(q.shape[:-1]), "include", 0, "plain")
+    torch.library.opcheck(flash._thread_attention_backward, given, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_kernels_get_whole_steps_of_eight_and_plain_widths_where_all_is_visible(monkeypatch):
     widths = []
 

@@ -54,7 +54,7 @@ class Plan:
 
     Args:
         prompt_parts, own_parts: into how many parts each prompt and each thread is cut; 0: one program reads both.
-        exchange_parts: into how many parts the lattice is cut; 0: one program reads all of a group, if it can.
+        exchange_parts: into how many parts the lattice is cut.
     """
 
     prompt_parts: int
@@ -72,8 +72,6 @@ def plan(state: GroupState, weights: DecoderWeights, columns: int, num_processor
     lattice_keys = min(columns, max(windows, default=0)) * size.num_threads
     blocks = size.num_groups * triton.cdiv(size.num_threads, _exchange_block(size.num_threads)) * lattice_heads
     exchange_parts = min(16, _parts(num_processors, blocks, lattice_keys, 256))
-    if lattice_keys <= 512:
-        exchange_parts = 0
     is_short = size.prompt + columns <= 512
     reads_prompt_often = size.num_threads * size.prompt > 8192
     if not reads_prompt_often and (is_short or rows * heads >= wanted):
@@ -253,11 +251,11 @@ class Operations:
         keys, values = (buffers.inputs,) * 2 if aligned else s.lattice[index]
         shape = (size.num_threads, config.heads, config.dim, *config.rotary_dims, config.own, aligned)
         inputs = (buffers.inputs, keys, values, s.hidden, s.written, s.time, *buffers.tables, side.w_gate, side.b_gate)
-        if self._plan.exchange_parts == 0 and _is_small(side, size.num_threads):
+        if aligned and _is_small(side, size.num_threads):
             threads = max(triton.next_power_of_2(size.num_threads), -(-16 // config.heads))
-            exchange.exchange_small[(size.num_groups,)](
-                *inputs, buffers.out, size.new, config.dim**-0.5, *shape, config.window or 0, threads,
-                _KEYS_PER_STEP, num_warps=8, **self._launch,
+            exchange.exchange_column[(size.num_groups,)](
+                buffers.inputs, s.written, s.time, *buffers.tables, side.w_gate, side.b_gate, buffers.out,
+                config.dim**-0.5, *shape[:-1], threads, num_warps=8, **self._launch,
             )  # fmt: skip
             return
         exchange.exchange[(len(buffers.arrived), config.heads, buffers.parts)](

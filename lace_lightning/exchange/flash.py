@@ -162,7 +162,7 @@ def _thread_attention_backward(
         dim**-0.5,
         window,
     )
-    grad_q = pairs.by_query(grad_q[..., :dim], batch).sum(2)
+    grad_q = pairs.by_query(grad_q[..., :dim], batch).sum(2).to(q.dtype)
     grad_k, grad_v = (x[..., :dim].unflatten(0, (batch, threads)).contiguous() for x in (grad_k, grad_v))
     return grad_q, grad_k, grad_v
 

@@ -180,14 +180,12 @@ def _joined(
 
 
 @triton.jit
-def exchange_small(
-    inputs, cache_k, cache_v, hidden, written, time, time_cos, time_sin, thread_cos, thread_sin, w_gate, b_gate, out,
-    CAP, scale,
+def exchange_column(
+    inputs, written, time, time_cos, time_sin, thread_cos, thread_sin, w_gate, b_gate, out, scale,
     N: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, TIME: tl.constexpr, THREAD: tl.constexpr,
-    OWN: tl.constexpr, ALIGNED: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
-    PDL: tl.constexpr,
+    OWN: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`exchange`, all of a group in one program: for few threads and keys, HEADS and D powers of two.
+    """As :func:`exchange` within one column, all of a group in one program: for few threads, HEADS and D powers of two.
 
     A row is a (thread, head); heads see each other's keys and are kept apart by the mask.
     """
@@ -203,15 +201,6 @@ def exchange_small(
     bias = tl.load(b_gate + r).to(tl.float32)
     thread = tl.arange(0, BLOCK_N)
     writes = tl.load(written + b * N + thread, mask=thread < N, other=0) != 0
-    begin = t * 0
-    if not ALIGNED:
-        if WINDOW > 0:
-            begin = tl.maximum(0, t - WINDOW + 1) * N
-        key_bytes: tl.constexpr = D * (cache_k.dtype.element_ty.primitive_bitwidth // 8)
-        for h in tl.static_range(HEADS):
-            at = ((b.to(tl.int64) * HEADS + h) * CAP * N + begin) * D
-            prefetch(cache_k + at, (t * N - begin) * key_bytes, PDL)
-            prefetch(cache_v + at, (t * N - begin) * key_bytes, PDL)
     sync(PDL)
     source = inputs + rows.to(tl.int64) * (4 * R) + head * D
     q = _turned(inputs, source, takes_part, cos, sin, D, TIME, THREAD)
@@ -224,24 +213,6 @@ def exchange_small(
     acc = tl.zeros((BLOCK_N * HEADS, D), tl.float32)
     same_head = head[:, None] == head[None, :]
     m, mass, acc = _keys(q, m, mass, acc, k, v, takes_part[None, :] & same_head, n, n, scale * LOG2E, OWN)
-    if not ALIGNED:
-        group = b.to(tl.int64) * HEADS * CAP * N
-        seen = b.to(tl.int64) * CAP * N
-        at = (group + head * (CAP * N) + t * N + n)[:, None] * D + dim[None, :]
-        tl.store(cache_k + at, k, mask=(n < N)[:, None])
-        tl.store(cache_v + at, v, mask=(n < N)[:, None])
-        tl.store(hidden + seen + t * N + thread, tl.where(writes, 0.0, float("-inf")), mask=thread < N)
-        j = tl.arange(0, BLOCK_T * HEADS)
-        key_head = j % HEADS
-        for first in range(begin, t * N, BLOCK_T):
-            position = first + j // HEADS
-            inside = position < t * N
-            key_at = (group + key_head * (CAP * N) + position)[:, None] * D + dim[None, :]
-            key = tl.load(cache_k + key_at, mask=inside[:, None], other=0.0)
-            value = tl.load(cache_v + key_at, mask=inside[:, None], other=0.0)
-            readable = tl.load(hidden + seen + position, mask=inside, other=float("-inf")) == 0
-            allowed = readable[None, :] & (head[:, None] == key_head[None, :])
-            m, mass, acc = _keys(q, m, mass, acc, key, value, allowed, n, position % N, scale * LOG2E, OWN)
     read = tl.where(mass[:, None] > 0, acc / tl.where(mass > 0, mass, 1.0)[:, None], 0.0).to(q.dtype)
     read = tl.reshape(read, (BLOCK_N, R))
     gate = tl.dot(read, tl.trans(weight), input_precision="ieee") + from_z + bias[None, :]
