@@ -37,15 +37,16 @@ def look(reference: Reference, answer: str | None) -> Verdict | Question:
     """The verdict on an answer if it needs no parser of mathematics, else the question that does."""
     if answer is None or not is_readable(answer):
         return Verdict.UNPARSABLE
+    text = tidy(answer)
     match reference.kind:
         case Kind.TEXT:
-            return _compare_found(words(reference.answer), words(answer))
+            return _compare_found(words(reference.answer), words(text))
         case Kind.CHOICE:
-            return _compare_found({reference.answer}, letters(answer))
+            return _compare_found({reference.answer}, letters(text))
         case Kind.COUNTDOWN:
-            return _judge_countdown(reference, tidy(answer))
+            return _judge_countdown(reference, text)
         case _:
-            return _look_at_mathematics(reference, answer)
+            return _look_at_mathematics(reference, text)
 
 
 def _compare_found(gold: object, found: object) -> Verdict:
@@ -54,8 +55,8 @@ def _compare_found(gold: object, found: object) -> Verdict:
     return Verdict.CORRECT if found == gold else Verdict.WRONG
 
 
-def _look_at_mathematics(reference: Reference, answer: str) -> Verdict | Question:
-    gold, text = tidy(reference.answer), without_unit(tidy(answer), reference.unit)
+def _look_at_mathematics(reference: Reference, text: str) -> Verdict | Question:
+    gold, text = tidy(reference.answer), without_unit(text, reference.unit)
     if text == gold:
         return Verdict.CORRECT
     if len(gold) > MAX_LENGTH:

@@ -14,6 +14,7 @@ MAX_LENGTH = 1000
 _STRANGE = {"Cc", "Cf", "Cs", "Co", "Cn"}
 _DASHES = str.maketrans("−–‐‑", "----")
 _DOLLARS = re.compile(r"\$([^$]*[^$\\])\$?")
+_LEAD = re.compile(r"(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final )?answer(?: is\b|:)[: ]*|= *", re.IGNORECASE)
 _DISPLAY = re.compile(r"\\[(\[](.*)\\[)\]]", re.DOTALL)
 _SEPARATOR = r"(?:,\\!|\{,\}|,|\\[,! ]|~|\s)"
 _GROUPED = re.compile(rf"((?:\\?\$)?-?[0-9]{{1,3}})((?:{_SEPARATOR}[0-9]{{3}})+)(\.[0-9]+)?")
@@ -44,19 +45,38 @@ def _is_strange(character: str) -> bool:
 
 
 def tidy(text: str) -> str:
-    r"""A mathematical answer without what surrounds it: white space, ``$``, ``\(…\)``, ``**``, a full stop.
+    r"""An answer without what surrounds it: "the answer is", ``=``, ``$``, ``\boxed{…}``, ``**``, a full stop, spaces.
 
-    >>> tidy(r" **$\frac{1}{2}$.** ")
+    >>> tidy(r"The answer is **$\boxed{\frac{1}{2}}$.** ")
     '\\frac{1}{2}'
     """
     text = text.translate(_DASHES).strip()
-    if text.startswith("**") and text.endswith("**"):
-        text = text.strip("*").strip()
+    if lead := _LEAD.match(text):
+        text = text[lead.end() :]
     text = _without_stop(text)
+    if text.startswith("**") and text.endswith("**"):
+        text = _without_stop(text.strip("*").strip())
     for delimited in (_DOLLARS, _DISPLAY):
         if match := delimited.fullmatch(text):
             text = _without_stop(match[1].strip())
+    return _unboxed(text)
+
+
+def _unboxed(text: str) -> str:
+    opening = "\\boxed{"
+    while text.startswith(opening) and _closing(text, len(opening)) == len(text) - 1:
+        text = _without_stop(text[len(opening) : -1].strip())
     return text
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the brace that was opened before ``start`` is closed; the text's length if it never is."""
+    depth = 1
+    for position in range(start, len(text)):
+        depth += (text[position] == "{") - (text[position] == "}")
+        if depth == 0:
+            return position
+    return len(text)
 
 
 def _without_stop(text: str) -> str:

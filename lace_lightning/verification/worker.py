@@ -28,8 +28,13 @@ POINTS = (Rational(37, 59), Rational(83, 47))
 
 @lru_cache(maxsize=1024)  # the threads of a group share their reference
 def read(text: str) -> list:
-    """Readings of a bare LaTeX or plain answer; empty if there is none. Unread text comes back as a string."""
-    return parse(f"${text}$", parsing_timeout=None)
+    r"""Readings of a bare LaTeX or plain answer; empty if there is none. Unread text comes back as a string.
+
+    Of an equation whose left side can't be read, such as ``m_{\max}=7``, the right side counts.
+    """
+    readings = parse(f"${text}$", parsing_timeout=None)
+    _, equals, value = text.rpartition("=")
+    return read(value) if equals and _is_text(readings) else readings
 
 
 def compare(gold: Sequence[str], target: Sequence[str], tolerance: float = 0.0) -> str:
