@@ -13,7 +13,7 @@ MAX_LENGTH = 1000
 
 _STRANGE = {"Cc", "Cf", "Cs", "Co", "Cn"}
 _DASHES = str.maketrans("−–‐‑", "----")
-_DOLLARS = re.compile(r"\$([^$]*[^$\\])\$?")
+_DOLLAR = re.compile(r"(?<!\\)\$")
 _LEAD = re.compile(r"(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final )?answer(?: is\b|:)[: ]*|= *", re.IGNORECASE)
 _DISPLAY = re.compile(r"\\[(\[](.*)\\[)\]]", re.DOTALL)
 _SEPARATOR = r"(?:,\\!|\{,\}|,|\\[,! ]|~|\s)"
@@ -50,15 +50,15 @@ def tidy(text: str) -> str:
     >>> tidy(r"The answer is **$\boxed{\frac{1}{2}}$.** ")
     '\\frac{1}{2}'
     """
-    text = text.translate(_DASHES).strip()
+    text = " ".join(text.translate(_DASHES).split())
     if lead := _LEAD.match(text):
         text = text[lead.end() :]
     text = _without_stop(text)
     if text.startswith("**") and text.endswith("**"):
         text = _without_stop(text.strip("*").strip())
-    for delimited in (_DOLLARS, _DISPLAY):
-        if match := delimited.fullmatch(text):
-            text = _without_stop(match[1].strip())
+    text = _without_stop(_DOLLAR.sub("", text).strip())
+    if match := _DISPLAY.fullmatch(text):
+        text = _without_stop(match[1].strip())
     return _unboxed(text)
 
 
@@ -80,7 +80,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _without_stop(text: str) -> str:
-    return text[:-1].rstrip() if text.endswith(".") and not text.endswith("..") else text
+    return text[:-1].rstrip() if text.endswith((".", ",", ";")) and not text.endswith(("..", "\\,", "\\;")) else text
 
 
 def plain_numbers(text: str) -> str | None:

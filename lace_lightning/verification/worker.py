@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from math_verify import parse, verify
+from math_verify import LatexExtractionConfig, parse, verify
 from sympy import Expr, Rational, Symbol, UnevaluatedExpr
 
 POINTS = (Rational(37, 59), Rational(83, 47))
@@ -30,9 +30,10 @@ POINTS = (Rational(37, 59), Rational(83, 47))
 def read(text: str) -> list:
     r"""Readings of a bare LaTeX or plain answer; empty if there is none. Unread text comes back as a string.
 
+    The text is read as a whole or not at all: math-verify could also pick numbers out of prose, code and broken LaTeX.
     Of an equation whose left side can't be read, such as ``m_{\max}=7``, the right side counts.
     """
-    readings = parse(f"${text}$", parsing_timeout=None)
+    readings = parse(f"${text}$", (LatexExtractionConfig(),), parsing_timeout=None)
     _, equals, value = text.rpartition("=")
     return read(value) if equals and _is_text(readings) else readings
 
@@ -75,7 +76,7 @@ def is_near(gold: list, target: list, tolerance: float) -> bool:
     if not (_is_expression(gold) and _is_expression(target)):
         return False
     distance = (gold[0] - target[0]).evalf()
-    return bool(distance.is_real) and abs(float(distance)) <= tolerance * (1 + 1e-9)
+    return bool(distance.is_Float or distance.is_Rational) and abs(float(distance)) <= tolerance * (1 + 1e-9)
 
 
 def are_apart(gold: list, target: list) -> bool:
