@@ -81,6 +81,8 @@ CASES = [
     (Reference("", Kind.COUNTDOWN, numbers=(2, 4, 8), target=4), RIGHT, [r"\frac{8}{4}\times 2", r"8\div4\cdot2"]),
     (Reference("10000"), RIGHT, ["10,000", "10 000", r"10{,}000", r"10\,000", r"\$10,000", "$10,000.00"]),
     (Reference("3/2"), RIGHT, ["1 1/2", r"1\frac12", "1.5", r"$\dfrac{3}{2}$"]),
+    (Reference("42"), RIGHT, ["42 eggs", "42 dollars per day", "$42 per hour", r"42\text{ dollars}", "42.0 kg"]),
+    (Reference("42"), WRONG, ["42 thousand", "42 dozen", "42 sin x", "421 eggs", "-42 eggs"]),
     (Reference("6"), UNPARSABLE, ["4 2", r"4\ 2"]),  # math-verify reads the sum
     (
         Reference("42"),

@@ -16,6 +16,7 @@ from lace_lightning.verification.spelling import (
     split_values,
     tidy,
     without_unit,
+    without_words,
     words,
 )
 
@@ -63,10 +64,11 @@ def _look_at_mathematics(reference: Reference, text: str) -> Verdict | Question:
         return Verdict.UNPARSABLE
     if reference.kind == Kind.VALUES:
         return _look_at_values(gold, text, reference)
-    target = plain_numbers(text)
+    is_number = _NUMBER.fullmatch(gold) is not None
+    target = plain_numbers(without_words(text) if is_number else text)
     if target is None:
         return Verdict.UNPARSABLE
-    if _NUMBER.fullmatch(gold) and _NUMBER.fullmatch(target):
+    if is_number and _NUMBER.fullmatch(target):
         distance = abs(Decimal(gold) - Decimal(target))
         return Verdict.CORRECT if distance <= Decimal(str(reference.tolerance)) else Verdict.WRONG
     return Question([gold], [target], reference.tolerance)

@@ -23,6 +23,12 @@ _JUXTAPOSED = re.compile(r"[0-9](?:\s|~|\\[ ,;:])+[0-9]+(?![0-9.^])")
 _WRAPPER = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
 _OPTION = re.compile(r"(?<![A-Za-z])([A-H])\)")
 _LETTER = re.compile(r"(?<![A-Za-z\\])([A-H])(?![A-Za-z(])")
+_COUNTED = re.compile(r"([^A-Za-z\\]*[0-9.]) ?([A-Za-z]{3,}(?: [A-Za-z]+)*)")
+_CHANGES = re.compile(
+    r"\b(?:dozens?|hundreds?|thousands?|[mbtr]+illions?|percent|hal(?:f|ves)|thirds?|quarters?|fourths?|squared|cubed"
+    r"|factorial|sqrt|log|sin|cos|tan|exp|mod|and|or|not|plus|minus|times|over|more|less)\b",
+    re.IGNORECASE,
+)
 _ARTICLE = re.compile(r"(?:and )?(?:(?:a|an|the) (?=.))?")
 _CONJUNCTION = re.compile(r"[,;]?(?:\s|~|\\ )*(?:\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)|[,;]")
 
@@ -129,6 +135,16 @@ def without_unit(text: str, unit: str) -> str:
         if unit and bare.endswith(ending):
             return re.sub(r"(?:\s|~|\\[ ,;:])+$", "", bare.removesuffix(ending))
     return text
+
+
+def without_words(text: str) -> str:
+    """A tidy answer without the words that say what is counted: ``42 eggs per day``; not those that change a number.
+
+    >>> without_words("42 eggs"), without_words("42 thousand")
+    ('42', '42 thousand')
+    """
+    match = _COUNTED.fullmatch(text)
+    return match[1] if match and not _CHANGES.search(match[2]) else text
 
 
 def letters(text: str) -> set[str]:
