@@ -23,7 +23,7 @@ _JUXTAPOSED = re.compile(r"[0-9](?:\s|~|\\[ ,;:])+[0-9]+(?![0-9.^])")
 _WRAPPER = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
 _OPTION = re.compile(r"(?<![A-Za-z])([A-H])\)")
 _LETTER = re.compile(r"(?<![A-Za-z\\])([A-H])(?![A-Za-z(])")
-_COUNTED = re.compile(r"([^A-Za-z\\]*[0-9.]) ?([A-Za-z]{3,}(?: [A-Za-z]+)*)")
+_COUNTED = re.compile(r"(?:[A-Za-z] ?= ?)?([^A-Za-z\\=]*[0-9.])(?: ?([A-Za-z]{3,}(?: [A-Za-z]+)*))?")
 _CHANGES = re.compile(
     r"\b(?:dozens?|hundreds?|thousands?|[mbtr]+illions?|percent|hal(?:f|ves)|thirds?|quarters?|fourths?|squared|cubed"
     r"|factorial|sqrt|log|sin|cos|tan|exp|mod|and|or|not|plus|minus|times|over|more|less)\b",
@@ -56,7 +56,7 @@ def tidy(text: str) -> str:
     >>> tidy(r"The answer is **$\boxed{\frac{1}{2}}$.** ")
     '\\frac{1}{2}'
     """
-    text = " ".join(text.translate(_DASHES).split())
+    text = " ".join(text.translate(_DASHES).replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac").split())
     if lead := _LEAD.match(text):
         text = text[lead.end() :]
     text = _without_stop(text)
@@ -138,13 +138,13 @@ def without_unit(text: str, unit: str) -> str:
 
 
 def without_words(text: str) -> str:
-    """A tidy answer without the words that say what is counted: ``42 eggs per day``; not those that change a number.
+    """A tidy answer without the name before a number, and the words after it that say what is counted.
 
-    >>> without_words("42 eggs"), without_words("42 thousand")
+    >>> without_words("x = 42 eggs per day"), without_words("42 thousand")
     ('42', '42 thousand')
     """
     match = _COUNTED.fullmatch(text)
-    return match[1] if match and not _CHANGES.search(match[2]) else text
+    return match[1] if match and not _CHANGES.search(match[2] or "") else text
 
 
 def letters(text: str) -> set[str]:

@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -20,10 +21,12 @@ from functools import lru_cache
 from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Expr, Rational, Symbol, UnevaluatedExpr
+from sympy import Expr, Integer, Rational, Symbol, UnevaluatedExpr
 
 POINTS = (Rational(37, 59), Rational(83, 47))
 """Where expressions are told apart; each symbol gets its own neighbourhood of them."""
+
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
 
 
 @lru_cache(maxsize=1024)  # the threads of a group share their reference
@@ -33,6 +36,8 @@ def read(text: str) -> list:
     The text is read as a whole or not at all: math-verify could also pick numbers out of prose, code and broken LaTeX.
     Of an equation whose left side can't be read, such as ``m_{\max}=7``, the right side counts.
     """
+    if _INTEGER.fullmatch(text):
+        return [Integer(text)]
     readings = parse(f"${text}$", (LatexExtractionConfig(),), parsing_timeout=None)
     _, equals, value = text.rpartition("=")
     return read(value) if equals and _is_text(readings) else readings
