@@ -3,9 +3,9 @@
     .venv/bin/python benchmarks/verification.py PATH_TO_MATH_FOLDER [--workers 2] [--rounds 3] [--seed 0]
 
 The folder holds ``gsm8k_test_dev.jsonl`` and ``math500_dev.jsonl``. Half of the answers are right: the reference itself
-or another spelling. Half are wrong as models are wrong: a digit, a sign or a factor off, or another problem's answer. Each
-round has other draws. The workers are started before the clock runs, but the first rounds are slower: a parser learns the
-grammar as it goes. After the last round, hostile answers hang and kill workers, and fresh answers are timed again.
+or another spelling. Half are wrong as models are wrong: a digit, a sign or a factor off, or another problem's answer.
+Each round has other draws. The workers are started before the clock runs, but the first rounds are slower: a parser
+learns the grammar as it goes. After the last round, hostile answers hang and kill workers, and fresh answers are timed.
 
 Where other processes share the cores, the last column still holds: verdicts per second of two cores' CPU time.
 """
