@@ -4,6 +4,7 @@ import pytest
 
 from lace_lightning.traces.schema import Problem
 from lace_lightning.verification import Kind, MathTask, Reference, Verifier, reference_of
+from lace_lightning.verification.spelling import MAX_LENGTH, is_readable
 from tests.hand_built import RIGHT, UNPARSABLE, WRONG, thread
 
 ODD = Reference("1,3,5", Kind.VALUES)
@@ -130,6 +131,14 @@ def test_each_kind_counts_as_right_wrong_and_unparsable_what_it_should():
 )
 def test_the_kind_of_a_reference_follows_from_its_problem(answer, source, facts, expected):
     assert reference_of(Problem("p", "text", answer, facts, source)) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["٤", "４", "4\u200f", "\u202e4", "4\x00", "\ud800", "\ue000", "\u0378", "", " \n", None]
+)
+def test_no_text_is_readable_that_depends_on_who_reads(text):
+    assert not is_readable(text)
+    assert is_readable("x² ≤ 4\u00a0€ \n") and is_readable("1" * MAX_LENGTH) and not is_readable("1" * (MAX_LENGTH + 1))
 
 
 def test_a_letter_is_a_choice_only_where_the_problem_offers_options():
