@@ -90,6 +90,10 @@ CASES = [
         UNPARSABLE,
         ["4\u200f2", "４２", "٤٢", "4\x002", "\ud800", "42 \\frac{"],
     ),
+    (Reference("42"), WRONG, [r"10^{\infty}", r"\infty"]),  # found by benchmarks/verification_fuzz.py, as the next
+    (Reference("42"), UNPARSABLE, [r"0\}{\sqrt[3]\int=42", r"\sqrt[3](\boxed{\binom\boxed{>=42"]),
+    (Reference(r"\infty"), RIGHT, [r"+\infty"]),
+    (Reference(r"\infty"), WRONG, [r"-\infty", "42"]),
     (Reference("(-\\infty,-5)"), RIGHT, ["x<-5", r"\left(-\infty,-5\right)"]),
     (Reference(r"m_{\max }=n^{2}-n-1"), RIGHT, ["n^2-n-1"]),
     (Reference("\\$32,\\!348"), RIGHT, ["32348"]),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -34,11 +35,15 @@ def read(text: str) -> list:
     r"""Readings of a bare LaTeX or plain answer; empty if there is none. Unread text comes back as a string.
 
     The text is read as a whole or not at all: math-verify could also pick numbers out of prose, code and broken LaTeX.
-    Of an equation whose left side can't be read, such as ``m_{\max}=7``, the right side counts.
     """
     if _INTEGER.fullmatch(text):
         return [Integer(text)]
-    readings = parse(f"${text}$", (LatexExtractionConfig(),), parsing_timeout=None)
+    return parse(f"${text}$", (LatexExtractionConfig(),), parsing_timeout=None)
+
+
+def read_reference(text: str) -> list:
+    r"""Readings of a reference; its right side where the left can't be read, as in ``m_{\max}=7``."""
+    readings = read(text)
     _, equals, value = text.rpartition("=")
     return read(value) if equals and _is_text(readings) else readings
 
@@ -53,9 +58,10 @@ def compare(gold: Sequence[str], target: Sequence[str], tolerance: float = 0.0) 
         if not all(left):
             return "unparsable"
         for value in gold:
-            match = next((readings for readings in left if are_equal(read(value), readings, tolerance)), None)
+            wanted = read_reference(value)
+            match = next((readings for readings in left if are_equal(wanted, readings, tolerance)), None)
             if match is None:
-                return "wrong" if all(is_comparable(read(value), readings) for readings in left) else "unparsable"
+                return "wrong" if all(is_comparable(wanted, readings) for readings in left) else "unparsable"
             left.remove(match)
         return "wrong" if left else "correct"
     except Exception:  # deep recursion, exhausted memory, parser errors: unreadable, whatever the cause
@@ -97,16 +103,20 @@ def are_apart(gold: list, target: list) -> bool:
 
 
 def _value(expression: Expr, point: Rational) -> complex | None:
-    """The value with each symbol at its own place near ``point``; None if it is no finite number."""
+    """The value with each symbol at its own place near ``point``, infinity included; None if it has none."""
     places = {symbol: point + Rational(sum(map(ord, symbol.name)), 9973) for symbol in expression.free_symbols}
     value = expression.subs(places).evalf(15)
+    if value.is_infinite:
+        return complex(math.inf)
     return complex(value) if value.is_number and value.is_finite else None
 
 
 def _differ(a: complex | None, b: complex | None) -> bool:
-    """Whether both are real and differ by far more than the rounding of any answer."""
+    """Whether both are real or infinite and differ by far more than the rounding of any answer."""
     if a is None or b is None or a.imag or b.imag:
         return False
+    if math.inf in (a.real, b.real):
+        return a != b
     return abs(a - b) > 1e-3 * max(1.0, abs(a), abs(b))
 
 
