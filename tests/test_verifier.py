@@ -1,26 +1,22 @@
 """Verification: right verdicts, and no text or worker that can take more than its own item down."""
 
 import copy
-import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 
 from lace_lightning.tasks import Verdict
 from lace_lightning.traces.schema import Problem
-from lace_lightning.verification import MathTask, Verifier
-from lace_lightning.verification.pool import WorkerPool
+from lace_lightning.verification import Kind, MathTask, Reference, Verifier
+from lace_lightning.verification.pool import PoolCounts, WorkerPool
 from lace_lightning.verification.worker import compare
 from tests.hand_built import RIGHT, UNPARSABLE, WRONG, thread
-
-DATA = Path(__file__).parents[2] / "shared/data/math"
 
 # Answers in upper case, unless a job tells it to misbehave; a path is a place where two workers meet.
 SHOUTER = """
@@ -92,49 +88,131 @@ def test_integers_compared_at_sight_get_the_verdict_that_math_verify_gives():
     with Verifier() as verifier:
         verdicts = verifier.verify(pairs)
         assert not verifier._pool._workers, "integers must not need a worker"
-    assert verdicts == [compare(*pair) for pair in pairs]
+    assert verdicts == [compare([reference], [answer]) for reference, answer in pairs]
     assert {RIGHT, WRONG} <= set(verdicts)
-
-
-@pytest.mark.parametrize("name", ["aime2024", "gsm8k_test_dev", "math500_dev"])
-def test_every_reference_answer_verifies_against_itself(verifier, name):
-    path = DATA / f"{name}.jsonl"
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    answers = [json.loads(line)["answer"] for line in path.read_text().splitlines()]
-    verdicts = verifier.verify([(answer, answer) for answer in answers])
-    assert [answer for answer, verdict in zip(answers, verdicts, strict=True) if verdict != RIGHT] == []
 
 
 HOSTILE = [
     "9**9**9",
     "9^{9^{9^9}}",
     r"\boxed{" * 10_000 + "}" * 10_000,
+    r"\boxed{" * 120 + "1" + "}" * 120,
     "1" * 1_000_000,
+    "9" * 1000,
+    "(" * 10**6 + ")" * 10**6,
+    "(" * 490 + "1" + ")" * 490,
     "4\x002",
     "}{",
-    "٤٢",  # the digits of 42 in Arabic
+    r"\left(\right\}",
+    "٤٢",  # the digits of 42 in Arabic, and below in full width
+    "４２",
     "\ud800",
+    "4\u200f2",  # a right-to-left mark
+    "4\u200b2",  # a space of no width
     "$" * 999,
     r"\sqrt" * 150,
     "1/0",
+    "0^{-1}",
+    "100!!!!!",
+    "9" + "!" * 300,
+    "10^{10^{10^{10}}}",
+    r"\binom{10^{9}}{5\cdot10^{8}}",
+    r"\sum_{k=1}^{10^{18}}k^{-k}",
+    r"\int_0^{9^9}\sin(x^x)dx",
+    r"\input{/etc/passwd}",
+    r"\write18{touch planted}",
+    "import os; os.abort()",
     "__import__('os').abort()",
+    "42; __import__('os').abort()",
+    "lambda: 42",
+    "a" * 400 + "!",
+    "1" + ",1" * 480,
+    ", and" * 190,
+    "=" * 999,
     '"]\n["',
+    '"}\n{"gold": ["1"], "target": ["1"]}',
 ]
 
 
-def test_hostile_answers_are_never_right_and_never_raise():
+def test_hostile_answers_are_never_right_never_raise_and_leave_the_workers_of_use():
+    references = ["42", Reference("1,2", Kind.VALUES), Reference("0.5", tolerance=0.1)]
     with Verifier(time_limit=1.0) as verifier:
-        verdicts = verifier.verify([("42", text) for text in HOSTILE])
+        began = time.monotonic()
+        verdicts = verifier.verify([(references[0], text) for text in HOSTILE])
+        assert time.monotonic() - began < 10 + len(HOSTILE) * (1.0 + 2.0) / 2, (
+            "no longer than the limit and a new start"
+        )
         assert len(verdicts) == len(HOSTILE) and RIGHT not in verdicts
-        assert verdicts[1:4] == [UNPARSABLE] * 3
-        assert verifier.verify([("1/2", "0.5")]) == [RIGHT], "the workers must still be of use"
+        assert verdicts[HOSTILE.index("4\x002")] == verdicts[HOSTILE.index("٤٢")] == UNPARSABLE
+        assert verdicts[HOSTILE.index("9**9**9")] == UNPARSABLE and verifier.counts.timeouts > 0
+        cheap = [text for text, verdict in zip(HOSTILE, verdicts, strict=True) if verdict == WRONG]
+        for reference in references[1:]:
+            assert RIGHT not in verifier.verify([(reference, text) for text in cheap])
+        assert verifier.verify([("1/2", "0.5")] * 2) == [RIGHT] * 2
+        assert len(verifier._pool._workers) >= 1 and all(w._process.poll() is None for w in verifier._pool._workers)
+
+
+@pytest.mark.parametrize("kind", [Kind.CHOICE, Kind.TEXT, Kind.COUNTDOWN])
+def test_hostile_answers_to_other_kinds_are_judged_at_once_and_never_right(verifier, kind):
+    reference = Reference("A", kind, numbers=(6, 7), target=42)
+    starts, began = verifier.counts.starts, time.perf_counter()
+    verdicts = verifier.verify([(reference, text) for text in HOSTILE])
+    assert RIGHT not in verdicts and verifier.counts.starts == starts
+    assert time.perf_counter() - began < 2
+
+
+def test_answers_are_never_run(tmp_path):
+    """Each answer would leave a file behind if anything evaluated it, in this process or in a worker."""
+    planted = tmp_path / "planted"
+    code = f"open({str(planted)!r},'w')"
+    answers = [
+        code,
+        f"42*{code}.write('x')",
+        f"${code}$",
+        f"\\text{{{code}}}",
+        f"exec({code!r})",
+        f"__import__('os').system('touch {planted}')",
+        f"{{{code}}}",
+        f"\\operatorname{{exec}}({code!r})",
+        f"\\write18{{touch {planted}}}",
+        f"$(touch {planted})`touch {planted}`; touch {planted}",
+        f'"]}}\n{{"gold": [{code!r}]}}',
+    ]
+    eval(code).close()  # what an evaluated answer would do
+    assert planted.exists()
+    planted.unlink()
+    references = [Reference("42", kind, numbers=(6, 7), target=42) for kind in Kind]
+    with Verifier(time_limit=2.0) as verifier:
+        verdicts = verifier.verify([(reference, answer) for reference in references for answer in answers])
+    assert RIGHT not in verdicts and not planted.exists()
+
+
+def test_a_worker_that_eats_memory_dies_alone_and_is_counted():
+    """The job wants 8 GiB under a limit of 2: it must fail in its own process, and the next job must not."""
+    program = """
+import sys
+from lace_lightning.verification.worker import limit_memory, serve
+limit_memory(2 * 1024**3)
+serve(lambda size: str(len(b"x" * size)), 10.0)
+"""
+    pool = WorkerPool([sys.executable, "-c", program], num_workers=1, time_limit=5.0)
+    assert pool.map([{"size": 8 * 1024**3}, {"size": 10}]) == [None, "10"]
+    assert (pool.counts.crashes, pool.counts.timeouts, pool.counts.starts) == (1, 0, 2)
+    pool.close()
+
+
+def test_exhausted_memory_in_a_parser_is_unparsable_and_costs_no_worker(monkeypatch):
+    def parse(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr("lace_lightning.verification.worker.parse", parse)
+    assert compare(["13579x"], ["24680x"]) == UNPARSABLE
 
 
 def test_overlong_text_reaches_no_parser():
     with Verifier() as verifier:
         padded = "42" + " " * 1000
-        assert verifier.verify([("1/2", padded), (padded, "1/2"), ("42", "9" * 1_000_000)]) == [UNPARSABLE] * 3
+        assert verifier.verify([("1/2", padded), ("1" * 1001, "1/2"), ("42", "9" * 1_000_000)]) == [UNPARSABLE] * 3
         assert not verifier._pool._workers
 
 
@@ -144,6 +222,8 @@ def test_a_hung_or_dead_worker_loses_only_its_own_item(shouters):
     assert shouters.map(jobs) == ["A", None, "B", None, "C", None, None, "D"]
     assert 1.0 < time.monotonic() - began < 10.0
     assert shouters.map(["e"]) == ["E"]
+    assert shouters.counts == PoolCounts(timeouts=2, crashes=2, starts=shouters.counts.starts)
+    assert 5 <= shouters.counts.starts <= 6, "two at first, and one for each that was lost with work left"
 
 
 def test_hung_workers_are_dead_afterwards_and_replaced(shouters):
@@ -182,10 +262,10 @@ def test_a_worker_program_that_does_not_start_is_an_error_that_names_it():
 
 
 def test_a_worker_that_hangs_after_its_parent_died_ends_itself():
-    program = "from lace_lightning.verification.worker import serve\nserve(lambda *_: 9**9**9, 0.2)"
+    program = "from lace_lightning.verification.worker import serve\nserve(lambda **_: 9**9**9, 0.2)"
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
         assert worker.stdout.readline() == b'"ready"\n'
-        worker.stdin.write(b'["1", "1"]\n')
+        worker.stdin.write(b'{"gold": ["1"]}\n')
         worker.stdin.close()
         try:
             assert worker.wait(timeout=5) == -signal.SIGALRM

@@ -131,7 +131,10 @@ class Countdown(WordPuzzle):
 
     def judge(self, items: Sequence[tuple[Problem, Thread]]) -> list[Verdict]:
         """Correct is any expression that uses each number exactly once and equals the target, in exact arithmetic."""
-        return [_judge(problem, thread) for problem, thread in items]
+        return [
+            judge_expression(thread.answer or "", problem.facts["numbers"], problem.facts["target"])
+            for problem, thread in items
+        ]
 
     def _draw(self, rng: Random, split: str) -> tuple[list[int], Way]:
         for _ in range(MAX_DRAWS):
@@ -177,13 +180,13 @@ def _key(numbers: list[int], target: int) -> str:
     return f"countdown {_text(sorted(numbers), target)}"
 
 
-def _judge(problem: Problem, thread: Thread) -> Verdict:
-    expression = parse_expression(thread.answer or "")
+def judge_expression(text: str, numbers: Sequence[int], target: int) -> Verdict:
+    """Correct is an expression that uses each of ``numbers`` exactly once and equals ``target``; safe on any text."""
+    expression = parse_expression(text)
     if expression is None:
         return Verdict.UNPARSABLE
-    is_complete = sorted(expression.numbers) == sorted(problem.facts["numbers"])
-    is_correct = is_complete and expression.value == problem.facts["target"]
-    return Verdict.CORRECT if is_correct else Verdict.WRONG
+    is_complete = sorted(expression.numbers) == sorted(numbers)
+    return Verdict.CORRECT if is_complete and expression.value == target else Verdict.WRONG
 
 
 def _read_keys(path: str) -> set[str]:

@@ -10,6 +10,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -18,6 +19,21 @@ START_LIMIT = 120.0
 
 MAX_FAILED_STARTS = 3
 """Starts in a row that may fail: one may be bad luck, such as a machine short of memory."""
+
+
+@dataclass(frozen=True)
+class PoolCounts:
+    """What became of the workers.
+
+    Args:
+        timeouts: jobs that took longer than the time limit; their worker was killed.
+        crashes: jobs whose worker died.
+        starts: workers that were started.
+    """
+
+    timeouts: int = 0
+    crashes: int = 0
+    starts: int = 0
 
 
 class WorkerPool:
@@ -32,12 +48,16 @@ class WorkerPool:
             reads; it ends when its input ends.
         num_workers: number of processes.
         time_limit: seconds for one job.
+
+    Attributes:
+        counts: what became of the workers so far.
     """
 
     def __init__(self, command: Sequence[str], num_workers: int, time_limit: float) -> None:
         self.command = list(command)
         self.num_workers = num_workers
         self.time_limit = time_limit
+        self.counts = PoolCounts()
         self._workers: list[_Worker] = []
         self._failed_starts = 0
         self._lock = threading.Lock()
@@ -70,6 +90,7 @@ class WorkerPool:
         unfinished = len(waiting) + sum(worker.job is not None for worker in self._workers)
         while len(self._workers) < min(self.num_workers, unfinished):
             self._workers.append(_Worker(self.command))
+            self._count(starts=1)
         for worker in [worker for worker in self._workers if worker.is_idle]:
             if not waiting:
                 return
@@ -97,6 +118,12 @@ class WorkerPool:
                 self._discard(worker)
                 if worker.job is None:
                     self._count_failed_start()
+                else:
+                    self._count(timeouts=int(is_alive), crashes=int(not is_alive))
+
+    def _count(self, timeouts: int = 0, crashes: int = 0, starts: int = 0) -> None:
+        old = self.counts
+        self.counts = PoolCounts(old.timeouts + timeouts, old.crashes + crashes, old.starts + starts)
 
     def _count_failed_start(self) -> None:
         self._failed_starts += 1

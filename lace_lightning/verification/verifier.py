@@ -1,33 +1,32 @@
-"""Whether an answer means the same as the reference, by symbolic comparison with math-verify."""
+"""Whether an answer means the same as its reference: at sight where that is sure, else by math-verify in a worker."""
 
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lace_lightning.tasks import Verdict
-from lace_lightning.verification.pool import WorkerPool
-
-MAX_LENGTH = 1000
-"""Longest text in characters that is compared; the longest reference of our data sets has 198."""
+from lace_lightning.verification.pool import PoolCounts, WorkerPool
+from lace_lightning.verification.reference import Reference
+from lace_lightning.verification.sight import Question, look
 
 MEMORY_LIMIT = 2 * 1024**3
 """Bytes of address space for one worker, where the platform can limit it."""
 
 _WORKER = Path(__file__).with_name("worker.py")
-_INTEGER = re.compile(r"-?[0-9]{1,12}")
 
 
 class Verifier:
-    """Compares answers with references in worker processes, which are killed and replaced when they hang.
+    """Compares answers with references, in worker processes that are killed and replaced when they hang.
 
-    An answer counts if math-verify finds it equal to the reference, both read as LaTeX or plain mathematics. Plain
-    integers are compared right here, with the same outcome. Usable as a context manager; the workers start with the
-    first answer that needs them and end with :meth:`close` or with this process.
+    Words, letters, Countdown expressions and plain numbers are compared right here, with bounded effort; whatever needs
+    a parser of mathematics goes to the workers. Usable as a context manager; the workers start with the first answer
+    that needs them and end with :meth:`close` or with this process.
 
     Args:
         num_workers: number of worker processes.
@@ -48,29 +47,44 @@ class Verifier:
         command = [sys.executable, "-P", str(_WORKER), str(MEMORY_LIMIT), str(orphan_limit)]
         self._pool = WorkerPool(command, num_workers, time_limit)
 
-    def verify(self, pairs: Sequence[tuple[str, str | None]]) -> list[Verdict]:
+    def verify(self, pairs: Sequence[tuple[Reference | str, str | None]]) -> list[Verdict]:
         """Judge answers against their references; never raises on any text.
 
         Args:
-            pairs: ``(reference, answer)``; the answer is None where there is none.
+            pairs: ``(reference, answer)``; a plain string is the reference of an expression. The answer is None where
+                there is none.
 
         Returns:
-            One verdict per pair, in order. An answer is ``UNPARSABLE`` if it is missing, overlong
-            (:data:`MAX_LENGTH`), no mathematics where the reference is, or took too long to compare. A reference that
-            is no mathematics is compared as text.
+            One verdict per pair, in order. An answer is ``UNPARSABLE`` if it is missing, overlong or not readable
+            (:func:`~lace_lightning.verification.spelling.is_readable`), not of the reference's kind, or took too long
+            or too much memory to compare. :attr:`counts` tells the last two apart.
 
         Raises:
-            RuntimeError: the worker processes can't be started.
+            RuntimeError: math-verify is not installed, or the worker processes can't be started.
         """
-        verdicts = {pair: _verdict_at_sight(*pair) for pair in pairs}
-        unclear = [pair for pair, verdict in verdicts.items() if verdict is None]
-        replies = self._pool.map(unclear)
-        verdicts |= {pair: Verdict(reply or Verdict.UNPARSABLE) for pair, reply in zip(unclear, replies, strict=True)}
-        return [verdicts[pair] or Verdict.UNPARSABLE for pair in pairs]
+        asked = [(Reference(gold) if isinstance(gold, str) else gold, answer) for gold, answer in pairs]
+        seen = {pair: look(*pair) for pair in asked}
+        unclear = {pair: question for pair, question in seen.items() if isinstance(question, Question)}
+        verdicts = {pair: verdict for pair, verdict in seen.items() if isinstance(verdict, Verdict)}
+        verdicts |= zip(unclear, self._ask(list(unclear.values())), strict=True)
+        return [verdicts.get(pair, Verdict.UNPARSABLE) for pair in asked]
+
+    @property
+    def counts(self) -> PoolCounts:
+        """What became of the workers since the first answer."""
+        return self._pool.counts
 
     def close(self) -> None:
         """End the worker processes; a later :meth:`verify` starts new ones."""
         self._pool.close()
+
+    def _ask(self, questions: list[Question]) -> list[Verdict]:
+        if questions and find_spec("math_verify") is None:
+            raise RuntimeError(
+                "answers of mathematics need math-verify, which is not installed: pip install math-verify"
+            )
+        replies = self._pool.map([asdict(question) for question in questions])
+        return [Verdict(reply or Verdict.UNPARSABLE) for reply in replies]
 
     def __enter__(self) -> Verifier:
         return self
@@ -81,12 +95,3 @@ class Verifier:
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles get workers of their own."""
         return Verifier, (self.num_workers, self.time_limit)
-
-
-def _verdict_at_sight(reference: str, answer: str | None) -> Verdict | None:
-    """The verdict if it needs no parser, else None."""
-    if answer is None or not answer.strip() or max(len(reference), len(answer)) > MAX_LENGTH:
-        return Verdict.UNPARSABLE
-    if _INTEGER.fullmatch(reference) and _INTEGER.fullmatch(answer):
-        return Verdict.CORRECT if int(reference) == int(answer) else Verdict.WRONG
-    return None

@@ -1,4 +1,4 @@
-"""Mathematics problems with one final answer: AIME, MATH, GSM8K, DAPO."""
+"""Problems with one final answer in free text: AIME, MATH, GSM8K, OlympiadBench, LiveBench, Countdown."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lace_lightning.tasks import Task, Verdict
 from lace_lightning.traces.schema import Problem
 from lace_lightning.traces.template import Template
+from lace_lightning.verification.reference import reference_of
 from lace_lightning.verification.verifier import Verifier
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class MathTask(Task):
-    r"""Judges each thread by its parsed answer, compared symbolically with ``problem.answer``.
+    r"""Judges each thread by its parsed answer, compared with the problem's reference as its kind asks.
 
     Args:
         prompt: format string around the problem's ``{text}``.
@@ -42,17 +43,13 @@ class MathTask(Task):
         """The problem itself.
 
         Raises:
-            ValueError: it has no reference answer.
+            ValueError: it has no reference answer, or facts that make none.
         """
-        if not problem.answer.strip():
-            raise ValueError(
-                f"problem {problem.id!r} of {problem.source or 'an unnamed source'} has no answer: MathTask compares "
-                "with a reference; drop the row or choose a task that needs none"
-            )
+        reference_of(problem)
         return problem
 
     def judge(self, items: Sequence[tuple[Problem, Thread]]) -> list[Verdict]:
-        return self.verifier.verify([(problem.answer, thread.answer) for problem, thread in items])
+        return self.verifier.verify([(reference_of(problem), thread.answer) for problem, thread in items])
 
 
 def _check_prompt(prompt: str) -> None:
