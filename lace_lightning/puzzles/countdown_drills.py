@@ -140,7 +140,7 @@ class CountdownDrills(Countdown):
         return _equation_texts(way[:done]), TraceThread(equations(way[done:][:1]), way[-1].text if is_last else "", tag)
 
     def _rate(self, search: Search, rng: Random) -> Drill:
-        way = _hitting_way(search, rng) if rng.random() < 0.5 else _any_way(search, rng)
+        way = _any_way(search, rng)
         done = rng.randint(1, len(way))
         start = way[:done]
         onward = [other for other in search.hits.get(first_step(way), []) if other[:done] == start]
@@ -211,10 +211,6 @@ def _any_way(search: Search, rng: Random) -> Way:
     """A way as a solving thread takes it: any first step, then to the target if it can be reached."""
     move = rng.choice([*search.ways])
     return rng.choice(search.hits.get(move) or search.ways[move])
-
-
-def _hitting_way(search: Search, rng: Random) -> Way:
-    return rng.choice(search.hits[rng.choice([*search.hits])])
 
 
 def _claim(text: str, search: Search) -> str:
