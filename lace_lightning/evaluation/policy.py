@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from torch import nn
 
 from lace_lightning.checkpoints import initialise
-from lace_lightning.decoding import DecodingSpec, Group, play_groups
+from lace_lightning.decoding import DecodingSpec, Group, Rollout, Thread, play_groups
+from lace_lightning.evaluation.gates import token_gates
 from lace_lightning.evaluation.method import Cost, Played
 from lace_lightning.model_spec import ModelSpec
 from lace_lightning.tasks import Task
@@ -34,6 +36,8 @@ class ModelPolicy:
         decoding: how groups are sampled; its ``num_threads`` None takes the model's, its ``seed`` is not used: methods
             bring seeds.
         max_length: most columns of a group, prompt included.
+        keep_gates: look up the gates of whatever is played, for :meth:`take_gates`; costs one more forward pass, which
+            is not counted among the seconds.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class ModelPolicy:
         tokenizer: PreTrainedTokenizerBase,
         decoding: DecodingSpec | None = None,
         max_length: int = 2048,
+        keep_gates: bool = False,
     ) -> None:
         self.model = model
         self.task = task
@@ -50,6 +55,8 @@ class ModelPolicy:
         self.decoding = decoding or DecodingSpec()
         self.max_length = max_length
         self.num_threads = self.decoding.num_threads or model.num_threads
+        self.keep_gates = keep_gates
+        self._gates: dict[int, tuple[Thread, tuple[float, ...]]] = {}
 
     def play(
         self,
@@ -77,12 +84,27 @@ class ModelPolicy:
         )
         seconds = (self._now() - start) / len(groups)
         prompt_tokens = rollout.attention_mask[:, 0, : rollout.prompt_length].sum(-1).tolist()
+        if self.keep_gates:
+            self._note_gates(groups, rollout)
         costs = [_cost(group, count, seconds) for group, count in zip(groups, prompt_tokens, strict=True)]
         return Played(groups, costs)
+
+    def take_gates(self, threads: Sequence[Thread]) -> list[tuple[float, ...] | None]:
+        """The gates at the tokens of threads played since the last call, None for others; forgets them all.
+
+        Threads are known by identity: a method hands on those that it got.
+        """
+        noted, self._gates = self._gates, {}
+        return [noted[id(thread)][1] if id(thread) in noted else None for thread in threads]
 
     def prompt_tokens(self, text: str) -> int:
         """How many tokens the prompt around ``text`` has."""
         return len(self.task.template.encode_prompt(text, self.tokenizer))
+
+    def _note_gates(self, groups: Sequence[Group], rollout: Rollout) -> None:
+        for group, rows in zip(groups, token_gates(self.model, rollout, groups) or [], strict=False):
+            # The thread is kept too, lest another object get its identity.
+            self._gates |= {id(thread): (thread, row) for thread, row in zip(group.threads, rows, strict=True)}
 
     def _now(self) -> float:
         """Seconds on a clock, once the device has done all its work."""
@@ -136,8 +158,17 @@ class PolicySpec:
         if self.exchange is not None and not Path(self.exchange).is_dir():
             raise ValueError(f"exchange={self.exchange!r}: there is no such folder")
 
-    def build(self, task: Task) -> ModelPolicy:
-        """The policy with its weights on its device.
+    def fingerprint(self) -> str:
+        """A digest of the files of weights: the same paths may hold other weights tomorrow. Not of a hub's backbone."""
+        digest = hashlib.blake2b(digest_size=16)
+        folder = sorted(Path(self.exchange).glob("exchange.*")) if self.exchange else []
+        for path in [*map(Path, self.init_from), *folder]:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "blake2b").digest())
+        return digest.hexdigest()
+
+    def build(self, task: Task, keep_gates: bool = False) -> ModelPolicy:
+        """The policy with its weights on its device; ``keep_gates`` as of :class:`ModelPolicy`.
 
         Raises:
             ValueError: tokenizer, weights and model do not belong together.
@@ -149,7 +180,7 @@ class PolicySpec:
         if self.exchange is not None:
             model.load_exchange(self.exchange)
         model.requires_grad_(False).eval().to(self._device())
-        return ModelPolicy(model, task, tokenizer, self.decoding, self.max_length)
+        return ModelPolicy(model, task, tokenizer, self.decoding, self.max_length, keep_gates)
 
     def _device(self) -> str:
         if self.device != "auto":
