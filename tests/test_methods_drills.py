@@ -220,9 +220,9 @@ def test_the_vocabulary_is_countdowns_and_covers_every_drill(name, drills):
 
 def test_drills_fit_into_the_columns_that_the_shipped_config_has(drills):
     puzzle = PUZZLES["tries 1"]
-    collator = TraceCollator(puzzle.tokenizer(), puzzle.template, num_threads=1, max_length=96)
+    collator = TraceCollator(puzzle.tokenizer(), puzzle.template, num_threads=1, max_length=144)
     assert (
-        max(sum(map(len, (p, t[0].ids))) for p, t in (collator._encode(trace) for _, trace in drills["tries 1"])) <= 96
+        max(sum(map(len, (p, t[0].ids))) for p, t in (collator._encode(trace) for _, trace in drills["tries 1"])) <= 144
     )
 
 
@@ -264,6 +264,7 @@ def test_follow_ups_of_what_a_model_might_write_parse_or_are_refused():
         ({"shares": {"solve": float("nan")}}, "none negative"),
         ({"shares": {"sing": 1.0}}, "sing"),
         ({"candidates": 1}, "candidates="),
+        ({"attempts": 0}, "attempts="),
         ({"false_claims": 1.5}, "false_claims=1.5"),
     ],
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -160,13 +161,19 @@ class Countdown(WordPuzzle):
         )
 
     def _all_ways(self, numbers: list[int]) -> list[Way]:
-        return list(paths(terms_of(numbers), self._combine))
+        return _all_ways(tuple(numbers), self._combine)
 
     def _ways(self, numbers: list[int]) -> Ways:
         ways: Ways = {}
         for way in self._all_ways(numbers):
             ways.setdefault(first_step(way), []).append(way)
         return ways
+
+
+@lru_cache(maxsize=16)
+def _all_ways(numbers: tuple[int, ...], combine: Naturals) -> list[Way]:
+    """A trace asks for the ways that its problem was drawn with."""
+    return list(paths(terms_of(numbers), combine))
 
 
 def first_step(way: Way) -> str:

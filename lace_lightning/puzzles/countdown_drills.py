@@ -70,7 +70,8 @@ class CountdownDrills(Countdown):
     Args:
         numbers, max_number, tries, max_value, exclude, seed: as of :class:`Countdown`.
         shares: relative frequency of each kind; None: those of ``SHARES``.
-        candidates: most attempts that are shown, and how many branches a fork opens.
+        candidates: most attempts that a judge or a merge sees, and how many branches a fork opens.
+        attempts: most earlier attempts that a refinement sees.
         false_claims: share of the misses that are shown with a wrong last equation that claims the target, so that
             whoever judges learns to check. Only prompts hold them, never what the model learns to write.
 
@@ -88,14 +89,17 @@ class CountdownDrills(Countdown):
         seed: int = 0,
         shares: Mapping[str, float] | None = None,
         candidates: int = 4,
+        attempts: int = 7,
         false_claims: float = 0.1,
     ) -> None:
         super().__init__(numbers, max_number, tries, max_value, exclude, seed)
         check_sizes("candidates", [candidates], 2, 64)
+        check_sizes("attempts", [attempts], 1, 64)
         if not 0 <= false_claims <= 1:
             raise ValueError(f"false_claims={false_claims} is a share: give a number from 0 to 1")
         self.shares = SHARES if shares is None else _checked(shares)
         self.candidates = candidates
+        self.attempts = attempts
         self.false_claims = false_claims
         self._kinds = list(self.shares)
         self._cumulative = [*accumulate(self.shares.values())]
@@ -157,7 +161,7 @@ class CountdownDrills(Countdown):
         moves = rng.sample([*search.ways], len(search.ways))
         if rng.random() < 0.75:
             moves = [move for move in moves if move not in search.hits] or moves
-        shown = [self._show(search, [move], rng) for move in moves[: rng.randrange(1, self.candidates)]]
+        shown = [self._show(search, [move], rng) for move in moves[: rng.randint(1, self.attempts)]]
         return self._go_on(search, shown, rng)
 
     def _merge(self, search: Search, rng: Random) -> Drill:
