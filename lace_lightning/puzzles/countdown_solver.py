@@ -31,6 +31,9 @@ class Step(NamedTuple):
         return f"{self.left.text} {self.operation} {self.right.text}"
 
 
+Way = tuple[Step, ...]
+"""Steps one after the other, until one number is left."""
+
 Combine = Callable[[Term, Term], Iterator[tuple[Term, str, Term, int | Fraction]]]
 
 
@@ -65,7 +68,7 @@ class Naturals:
             yield high, "/", low, x // y
 
 
-def paths(terms: Sequence[Term], combine: Combine) -> Iterator[tuple[Step, ...]]:
+def paths(terms: Sequence[Term], combine: Combine) -> Iterator[Way]:
     """Every sequence of ``len(terms) - 1`` steps that leaves one term."""
     if len(terms) == 1:
         yield ()
