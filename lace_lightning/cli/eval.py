@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from lace_lightning.evaluation.spec import EvaluationSpec
+
+PIPE_WIDTH = 140
+"""Columns where the output is no terminal."""
 
 SETTINGS = """settings (in YAML; docs/evaluation.md has all of them):
   output      folder of outcomes and reports; the same command resumes what is there
@@ -83,11 +87,11 @@ def _run(spec: EvaluationSpec, meanings: dict[str, Any], settings: dict[str, Any
 
     with _progress() as progress:
 
-        def show(name: str, total: int) -> Callable[[int], None]:
-            task = progress.add_task(name, total=total)
-            return lambda count: progress.advance(task, count)
+        def start(total: int) -> Callable[[str, int], None]:
+            task = progress.add_task("", total=total)
+            return lambda name, count: progress.update(task, advance=count, description=name)
 
-        evaluate(spec, meanings, show)
+        evaluate(spec, meanings, start)
     num_failures = _render(Path(spec.output), None, log=(spec, settings))
     return 1 if num_failures else 0
 
@@ -137,8 +141,8 @@ def _render(folder: Path, reference: str | None, log: tuple[EvaluationSpec, dict
     from lace_lightning.tracking.spool import replace_text
 
     summaries, failures = summarise_folder(folder, reference), read_failures(folder)
-    console = Console(highlight=False)
-    for sheet in sheets(summaries):
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    for sheet in sheets(summaries, for_terminal=True):
         console.print(sheet.table(), "")
     replace_text(folder / "report.md", markdown(summaries))
     replace_text(folder / "summary.json", json.dumps(as_json(summaries), indent=2) + "\n")

@@ -9,13 +9,22 @@ from typing import TYPE_CHECKING
 
 from lace_lightning.evaluation.comparison import AtEqualCost
 from lace_lightning.evaluation.statistics import Estimate
-from lace_lightning.evaluation.summary import BenchmarkSummary, MethodSummary
+from lace_lightning.evaluation.summary import BenchmarkSummary
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-SHARES = ("acc", "best_at_n", "mean_at_n", "vote_at_n", "fmt", "unparsable", "expl", "edit_distance")
-COSTS = ("tokens", "prompt_tokens", "columns", "seconds")
+SHARES = {
+    "best_at_n": "best@n",
+    "mean_at_n": "mean@n",
+    "vote_at_n": "vote@n",
+    "fmt": "fmt",
+    "unparsable": "unparsable",
+    "expl": "expl",
+    "edit_distance": "edit",
+}
+"""Columns of the quality sheet, by statistic."""
+COSTS = {"tokens": "tokens", "prompt_tokens": "prompt", "columns": "columns", "seconds": "seconds"}
 
 
 @dataclass(frozen=True)
@@ -35,19 +44,28 @@ class Sheet:
 
     def table(self) -> Table:
         """The sheet for the terminal."""
+        from rich.box import SIMPLE_HEAD
         from rich.markup import escape
         from rich.table import Table
 
-        table = Table(title=self.title, caption=self.note or None, title_justify="left", caption_justify="left")
+        table = Table(
+            title=self.title,
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+            caption=self.note or None,
+            title_justify="left",
+            caption_justify="left",
+        )
         for index, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if index else "left", overflow="fold")
+            table.add_column(column, justify="right" if index else "left", no_wrap=True)
         for row in self.rows:
             table.add_row(*map(escape, row))
         return table
 
 
-def sheets(summaries: Sequence[BenchmarkSummary]) -> list[Sheet]:
-    """All sheets of all benchmarks; those without rows are left out."""
+def sheets(summaries: Sequence[BenchmarkSummary], for_terminal: bool = False) -> list[Sheet]:
+    """All sheets of all benchmarks but those without rows; for the terminal without the reliability tables."""
     made = (
         sheet
         for summary in summaries
@@ -58,7 +76,7 @@ def sheets(summaries: Sequence[BenchmarkSummary]) -> list[Sheet]:
             _equal_cost(summary),
             _shared_errors(summary),
             _calibration(summary),
-            _reliability(summary),
+            *([] if for_terminal else [_reliability(summary)]),
         )
     )
     return [sheet for sheet in made if sheet.rows]
@@ -72,29 +90,31 @@ def markdown(summaries: Sequence[BenchmarkSummary]) -> str:
 def _quality(summary: BenchmarkSummary) -> Sheet:
     return Sheet(
         f"{summary.benchmark}: quality",
-        ["method", "problems", "failed", *SHARES],
-        [_counts(method) + [_share(method.statistics[name]) for name in SHARES] for method in summary.methods],
-        "Percent, mean over problems of the mean over seeds, with 95 % bootstrap intervals over problems; expl and "
-        "edit_distance × 100. Failed outcomes count in no mean.",
+        ["method", "acc", *SHARES.values()],
+        [
+            [method.method, _share(method.statistics["acc"])]
+            + [_percent(method.statistics[name].value) for name in SHARES]
+            for method in summary.methods
+        ],
+        "Percent (expl and edit too), mean over problems of the mean over seeds, with the 95 % bootstrap interval over "
+        "problems; summary.json has all intervals. Failed outcomes count in no mean.",
     )
 
 
 def _cost(summary: BenchmarkSummary) -> Sheet:
     return Sheet(
         f"{summary.benchmark}: cost per problem",
-        ["method", *COSTS, "right", "found, not chosen", "not found"],
+        ["method", *COSTS.values(), "right", "missed", "not found", "problems", "failed"],
         [
             [method.method]
             + [_number(method.statistics[name].value) for name in COSTS]
             + [_percent(method.found.get(how, 0.0)) for how in ("chosen right", "found but not chosen", "not found")]
+            + [str(method.num_problems), str(method.num_failures)]
             for method in summary.methods
         ],
-        "columns: decoding steps one after the other. Seconds: of a batch, each problem's even share.",
+        "prompt: tokens read. columns: decoding steps one after the other. seconds: of a batch, each problem's even "
+        "share. right, missed (some path was right and not chosen), not found: percent of outcomes.",
     )
-
-
-def _counts(method: MethodSummary) -> list[str]:
-    return [method.method, str(method.num_problems), str(method.num_failures)]
 
 
 def _differences(summary: BenchmarkSummary) -> Sheet:
@@ -132,7 +152,7 @@ def _shared_errors(summary: BenchmarkSummary) -> Sheet:
     for method in summary.methods:
         if (shared := method.shared_errors) is not None:
             parts = (shared.all_wrong, shared.all_same_wrong, shared.together, shared.apart)
-            shares = [_share(part) for part in parts] + [_share(shared.excess, sign=True)]
+            shares = [_percent(part.value) for part in parts] + [_share(shared.excess, sign=True)]
             rows.append([method.method, *shares, str(shared.num_threads)])
     return Sheet(
         f"{summary.benchmark}: shared errors",
@@ -177,7 +197,7 @@ def _share(part: Estimate, sign: bool = False) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
+    return f"{100 * value:.1f}" if math.isfinite(value) else "–"
 
 
 def _number(value: float, decimals: int | None = None) -> str:
