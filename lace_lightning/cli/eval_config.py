@@ -78,7 +78,7 @@ def parse(settings: Settings) -> tuple[EvaluationSpec, dict[str, Settings]]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(EvaluationSpec, None)
     try:
-        parsed = parser.parse_object(settings)
+        parsed = parser.parse_object(deepcopy(settings))  # it changes what it gets
         resolved = yaml.safe_load(parser.dump(parsed))
         spec = EvaluationSpec(**vars(parser.instantiate_classes(parsed)))
     except (ArgumentError, TypeError) as error:

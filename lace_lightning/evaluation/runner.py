@@ -10,8 +10,8 @@ import torch
 
 from lace_lightning.decoding import group_seed
 from lace_lightning.embedding import Embedder, NgramEmbedder
+from lace_lightning.evaluation.judged import ANSWERING, JudgedOutcome, Key, make_judged
 from lace_lightning.evaluation.method import Method, Outcome, Policy
-from lace_lightning.evaluation.record import ANSWERING, Key, Record, make_record
 from lace_lightning.evaluation.statistics import with_statistics
 from lace_lightning.evaluation.store import Failure, Store, StoreError
 from lace_lightning.tasks import Verdict
@@ -101,7 +101,7 @@ class Runner:
             self._store.add(records)
         self._on_done(len(batch))
 
-    def _solve(self, job: Job, policy: Policy, batch: Sequence[Problem]) -> list[Record]:
+    def _solve(self, job: Job, policy: Policy, batch: Sequence[Problem]) -> list[JudgedOutcome]:
         seeds = [group_seed("evaluation", job.seed, problem.id) for problem in batch]
         outcomes = job.method.solve(policy, batch, seeds)
         if [outcome.problem.id for outcome in outcomes] != [problem.id for problem in batch]:
@@ -116,7 +116,7 @@ class Runner:
         for outcome in outcomes:
             own = [(next(verdicts), next(gates)) for _ in outcome.passages]
             of_passages = ([verdict for verdict, _ in own], [gate for _, gate in own])
-            records.append(make_record(job.benchmark, job.method_name, job.seed, outcome, *of_passages))
+            records.append(make_judged(job.benchmark, job.method_name, job.seed, outcome, *of_passages))
         return with_statistics(records, self._embedder)
 
 

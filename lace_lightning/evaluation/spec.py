@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from lace_lightning.embedding import Embedder
@@ -96,11 +97,11 @@ class EvaluationSpec:
         }
 
 
-Progress = Callable[[str, int], Callable[[int], None]]
-"""Told a job's name and its number of pending problems; returns what is told of problems dealt with."""
+Progress = Callable[[str, int], None]
+"""Told the name of a job and how many of its problems have been dealt with since it was last told; 0 at its start."""
 
 
-def evaluate(spec: EvaluationSpec, meanings: Mapping[str, Mapping[str, Any]], progress: Progress) -> None:
+def evaluate(spec: EvaluationSpec, meanings: Mapping[str, Mapping[str, Any]], start: Callable[[int], Progress]) -> None:
     """Do all that is not done yet, and store it in ``spec.output``.
 
     Everything that can be checked is checked before the first model is loaded.
@@ -108,7 +109,7 @@ def evaluate(spec: EvaluationSpec, meanings: Mapping[str, Mapping[str, Any]], pr
     Args:
         spec: what to do.
         meanings: the settings behind each name, for :class:`Store`.
-        progress: shows how far it is.
+        start: is told the number of outcomes to come, and returns what is told of each batch.
 
     Raises:
         ValueError: data, weights or settings cannot be used.
@@ -119,19 +120,24 @@ def evaluate(spec: EvaluationSpec, meanings: Mapping[str, Mapping[str, Any]], pr
     problems = {name: benchmark.read(name) for name, benchmark in spec.benchmarks.items()}
     with Store(spec.output, meanings, spec.display) as store:
         finished = store.finished()
-        for benchmark, policy_name, jobs in _by_policy(spec, problems):
-            pending = [(job, left) for job in jobs if (left := job.pending(finished))]
-            if pending:
-                model = spec.policies[policy_name].build(spec.benchmarks[benchmark].task, spec.gates)
-                for job, left in pending:
+        todo = [
+            (benchmark, name, [(job, job.pending(finished)) for job in jobs])
+            for benchmark, name, jobs in _by_policy(spec, problems)
+        ]
+        progress = start(sum(len(left) for _, _, jobs in todo for _, left in jobs))
+        for benchmark, name, jobs in todo:
+            if any(left for _, left in jobs):
+                model = spec.policies[name].build(spec.benchmarks[benchmark].task, spec.gates)
+                for job, left in jobs:
                     _run(job, left, model, spec, store, progress)
 
 
 def _run(
     job: Job, pending: list[Problem], policy: ModelPolicy, spec: EvaluationSpec, store: Store, progress: Progress
 ) -> None:
-    on_done = progress(f"{job.benchmark} · {job.method_name} · seed {job.seed}", len(pending))
-    Runner(store, spec.batch_size, spec.embedder, on_done).run(job, policy, pending)
+    show = partial(progress, f"{job.benchmark} · {job.method_name} · seed {job.seed}")
+    show(0)
+    Runner(store, spec.batch_size, spec.embedder, show).run(job, policy, pending)
 
 
 def _by_policy(spec: EvaluationSpec, problems: Mapping[str, list[Problem]]) -> Iterator[tuple[str, str, list[Job]]]:

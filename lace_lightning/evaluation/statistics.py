@@ -10,7 +10,7 @@ import numpy as np
 
 from lace_lightning.diversity import embedding_diversity
 from lace_lightning.embedding import Embedder
-from lace_lightning.evaluation.record import Key, Record
+from lace_lightning.evaluation.judged import JudgedOutcome, Key
 from lace_lightning.metrics.groups import group_statistics
 from lace_lightning.tasks import Verdict
 
@@ -21,7 +21,7 @@ STATISTICS = ("acc", *PATH_STATISTICS, *COST_STATISTICS)
 """Columns of the table, in order."""
 
 
-def with_statistics(records: Sequence[Record], embedder: Embedder) -> list[Record]:
+def with_statistics(records: Sequence[JudgedOutcome], embedder: Embedder) -> list[JudgedOutcome]:
     """The records with their numbers: those of ``STATISTICS`` that they have.
 
     ``acc`` is 1 where the method's answer is right, ``fmt`` exists where all paths were decoded as one group, and the
@@ -34,7 +34,7 @@ def with_statistics(records: Sequence[Record], embedder: Embedder) -> list[Recor
     ]
 
 
-def _numbers(record: Record, expl: float) -> dict[str, float]:
+def _numbers(record: JudgedOutcome, expl: float) -> dict[str, float]:
     cost = record.cost
     numbers = {"acc": float(record.is_right)}
     if paths := record.paths:

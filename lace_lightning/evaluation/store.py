@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from lace_lightning.evaluation.record import Key, Record, from_json, to_json
+from lace_lightning.evaluation.judged import JudgedOutcome, Key, from_json, to_json
 
 OUTCOMES, ERRORS, SETTINGS = "outcomes.jsonl", "errors.jsonl", "evaluation.json"
 _BLOCK = 1 << 20
@@ -85,7 +85,7 @@ class Store:
         self._outcomes.close()
         self._errors.close()
 
-    def add(self, records: Iterable[Record]) -> None:
+    def add(self, records: Iterable[JudgedOutcome]) -> None:
         """Keep finished outcomes; they are on the disk when this returns."""
         _append(self._outcomes, map(to_json, records))
 
@@ -102,7 +102,7 @@ class Store:
         }
 
 
-def read_records(folder: str | Path) -> Iterator[Record]:
+def read_outcomes(folder: str | Path) -> Iterator[JudgedOutcome]:
     """The finished outcomes of an evaluation, in the order in which they came.
 
     Raises:
@@ -124,7 +124,7 @@ def read_failures(folder: str | Path) -> list[Failure]:
     if not Path(folder, ERRORS).exists():
         return []
     failures = {failure.key: failure for failure in (Failure(**row) for _, row in _rows(Path(folder, ERRORS)))}
-    for record in read_records(folder):
+    for record in read_outcomes(folder):
         failures.pop(record.key, None)
     return list(failures.values())
 

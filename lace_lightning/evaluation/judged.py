@@ -32,7 +32,7 @@ Found = Literal["chosen right", "found but not chosen", "not found"]
 
 
 @dataclass(frozen=True)
-class PassageRecord:
+class JudgedPassage:
     """A passage with its verdict.
 
     Args:
@@ -52,7 +52,7 @@ class PassageRecord:
 
 
 @dataclass(frozen=True)
-class Record:
+class JudgedOutcome:
     """A judged outcome of one method on one problem with one seed.
 
     Args:
@@ -70,7 +70,7 @@ class Record:
     method: str
     seed: int
     problem: Problem
-    passages: tuple[PassageRecord, ...]
+    passages: tuple[JudgedPassage, ...]
     chosen: int | None
     cost: Cost
     confidence: float | None = None
@@ -82,7 +82,7 @@ class Record:
         return Key(self.benchmark, self.method, self.seed, self.problem.id)
 
     @property
-    def paths(self) -> list[PassageRecord]:
+    def paths(self) -> list[JudgedPassage]:
         """The full solutions: candidates for the answer."""
         return [passage for passage in self.passages if passage.passage.role == "path"]
 
@@ -103,23 +103,23 @@ class Record:
         return Group(self.problem, tuple(path.passage.thread for path in self.paths), self.seed)
 
 
-def make_record(
+def make_judged(
     benchmark: str,
     method: str,
     seed: int,
     outcome: Outcome,
     verdicts: Sequence[Verdict | None],
     gates: Sequence[tuple[float, ...] | None],
-) -> Record:
+) -> JudgedOutcome:
     """The record of an outcome, with one verdict and one list of gates (or None) for each passage."""
-    passages = tuple(map(PassageRecord, outcome.passages, verdicts, gates))
-    return Record(
+    passages = tuple(map(JudgedPassage, outcome.passages, verdicts, gates))
+    return JudgedOutcome(
         benchmark, method, seed, outcome.problem, passages, outcome.chosen, outcome.cost, outcome.confidence,
         outcome.notes,
     )  # fmt: skip
 
 
-def to_json(record: Record) -> dict[str, Any]:
+def to_json(record: JudgedOutcome) -> dict[str, Any]:
     """The record as JSON values; :func:`from_json` reads them back."""
     return {
         "benchmark": record.benchmark,
@@ -136,13 +136,13 @@ def to_json(record: Record) -> dict[str, Any]:
     }
 
 
-def from_json(row: Mapping[str, Any]) -> Record:
+def from_json(row: Mapping[str, Any]) -> JudgedOutcome:
     """The record of a row that :func:`to_json` made.
 
     Raises:
         KeyError, TypeError, ValueError: the row is something else.
     """
-    return Record(
+    return JudgedOutcome(
         row["benchmark"],
         row["method"],
         row["seed"],
@@ -156,7 +156,7 @@ def from_json(row: Mapping[str, Any]) -> Record:
     )
 
 
-def _passage_to_json(record: PassageRecord) -> dict[str, Any]:
+def _passage_to_json(record: JudgedPassage) -> dict[str, Any]:
     passage, thread = record.passage, record.passage.thread
     return {
         "role": passage.role,
@@ -168,7 +168,7 @@ def _passage_to_json(record: PassageRecord) -> dict[str, Any]:
     }
 
 
-def _passage_from_json(row: Mapping[str, Any]) -> PassageRecord:
+def _passage_from_json(row: Mapping[str, Any]) -> JudgedPassage:
     lists = {name: tuple(row[name]) for name in ("observations", "token_ids", "columns", "logprobs", "forced")}
     thread = Thread(
         text=row["text"],
@@ -180,4 +180,4 @@ def _passage_from_json(row: Mapping[str, Any]) -> PassageRecord:
     )
     verdict = None if row["verdict"] is None else Verdict(row["verdict"])
     gates = None if row["gates"] is None else tuple(row["gates"])
-    return PassageRecord(Passage(thread, row["role"], row["group"]), verdict, gates)
+    return JudgedPassage(Passage(thread, row["role"], row["group"]), verdict, gates)
