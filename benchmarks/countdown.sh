@@ -8,7 +8,7 @@
 #   STEPS, EVAL        options for every training, for the evaluation
 #   WORKERS            data processes of each training; default: the cores shared among what runs at once
 #   PYTHON             the interpreter
-# A smoke test of it on two cores (three minutes):
+# A smoke test of it on two cores (two minutes, where nothing else runs):
 #   STEPS="--trainer.max_steps 2 --data.init_args.batch_size 8" GRPO=1 CAUSAL=1 WORKERS=0 \
 #   EVAL="--benchmarks.own.num_problems=3 --benchmarks.third_party.num_problems=3" benchmarks/countdown.sh OUT PROBLEMS.jsonl
 set -euo pipefail
@@ -22,7 +22,9 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 fine_tunings=$((3 + ${CAUSAL:-0}))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}      # else each of the processes takes all cores
-trap 'trap - TERM; kill 0' INT TERM               # what runs in the background ends too
+
+descendants() { local child; for child in $(pgrep -P "$1"); do echo "$child"; descendants "$child"; done; }
+trap 'kill $(descendants $$) 2>/dev/null; exit 130' INT TERM   # what runs in the background ends too
 
 workers() { # workers RUNS: data processes of each of so many trainings per seed at once
     local free=$(($(nproc) - $1 * ${#seeds[@]})) runs=$(($1 * ${#seeds[@]}))
