@@ -23,7 +23,7 @@ ANY_STAGE = ("exchange", "trainer")
 VALIDATED = ("real",)
 """Folders whose configs have nothing to train."""
 OF_OTHER_COMMANDS = ("eval", "countdown/eval")
-"""Beginnings of configs that are no stage's: of `lace eval`, see test_eval_benchmarks.py and test_methods_configs.py."""
+"""Beginnings of configs that are no stage's: of `lace eval`, see test_eval_benchmarks, test_methods_configs."""
 STAGE = ("demo/base.yaml", "demo/sft.yaml")
 
 
