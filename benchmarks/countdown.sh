@@ -71,7 +71,8 @@ one_seed() {
     fit "$seed" backbone "$(workers 1)" "" pretrain
     fit "$seed" lace "$few" backbone sft & running+=($!)
     fit "$seed" isolated "$few" backbone sft exchange/isolated & running+=($!)
-    fit "$seed" single "$few" backbone sft drills & running+=($!)
+    # Drills are larger batches of more work: twice the processes.
+    fit "$seed" single $((2 * few)) backbone sft drills & running+=($!)
     if ((${CAUSAL:-0})); then
         fit "$seed" lace_causal "$few" backbone sft exchange/causal & running+=($!)
         configs+=(--config configs/countdown/eval_causal.yaml) policies+=(lace_causal)

@@ -77,6 +77,9 @@ def paths(terms: Sequence[Term], combine: Combine) -> Iterator[Way]:
         rest = [term for k, term in enumerate(terms) if k not in (i, j)]
         for left, operation, right, value in combine(terms[i], terms[j]):
             step = Step((i, j), left, operation, right, value)
+            if not rest:  # the last step; going on would cost as much as all before
+                yield (step,)
+                continue
             for later in paths([Term(value, f"( {step.text} )"), *rest], combine):
                 yield (step, *later)
 
