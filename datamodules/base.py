@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -13,13 +12,14 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader
 
 from lace_lightning.tasks import Puzzle, Task
+from lace_lightning.tokenizer import load_tokenizer
 from lace_lightning.traces.batch import TraceBatch
 from lace_lightning.traces.loader import EpochSampler, ResumableLoader, SerialDataset
 from lace_lightning.traces.reading import OnBad, read_problems
 from lace_lightning.traces.schema import Problem
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 Item = TypeVar("Item")
 Batch = TypeVar("Batch")
@@ -193,35 +193,3 @@ def require_at_least(least: int, **options: int | None) -> None:
     for name, value in options.items():
         if value is not None and value < least:
             raise ValueError(f"{name}={value}: must be at least {least}")
-
-
-def load_tokenizer(source: str | None, task: Task) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name, or else the task's own, made fit for padding.
-
-    Raises:
-        ValueError: there is none, it cannot be loaded, or it lacks a token that threads need.
-    """
-    tokenizer = task.tokenizer() if source is None else _pretrained_tokenizer(source)
-    name = f"tokenizer={source!r}"
-    if tokenizer is None:
-        raise ValueError(f"{name}: {type(task).__name__} brings no tokenizer; set tokenizer to a folder or a hub name")
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"{name}: has no end-of-sequence token, which ends every thread; set its eos_token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    try:
-        task.template.encode_opening(tokenizer)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    return tokenizer
-
-
-def _pretrained_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer  # slow to import
-
-    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
-        raise ValueError(f"tokenizer={source!r}: no such folder")
-    try:
-        return AutoTokenizer.from_pretrained(str(Path(source).expanduser()) if source.startswith("~") else source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer={source!r}: cannot be loaded; give a folder or a hub name ({error})") from error

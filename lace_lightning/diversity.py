@@ -61,7 +61,7 @@ def embedding_diversity(groups: Sequence[Group], embedder: Embedder) -> Tensor:
     parts = embeddings.split([len(group) for group in thoughts])
     return torch.stack(
         [
-            mean_cosine_distance(part, torch.tensor([bool(thought) for thought in group]))
+            mean_cosine_distance(part, torch.tensor([bool(thought) for thought in group], dtype=torch.bool))
             for part, group in zip(parts, thoughts, strict=True)
         ]
     )

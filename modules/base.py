@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -24,7 +24,7 @@ from lace_lightning.checkpoints import (
     weights_of,
 )
 from lace_lightning.datamodules.base import GroupData
-from lace_lightning.decoding import Engine, Group, Rollout, Sampling, group_seed, make_decoder, to_groups
+from lace_lightning.decoding import DecodingSpec, Group, Rollout, group_seed, play_groups
 from lace_lightning.embedding import Embedder, NgramEmbedder
 from lace_lightning.metrics import GroupMetrics, TagConfusion
 from lace_lightning.metrics.names import TAG_METRICS
@@ -43,28 +43,6 @@ SEED = "lace_seed"
 
 class NonFiniteLossError(ArithmeticError):
     """The loss is NaN or infinite."""
-
-
-@dataclass(frozen=True)
-class DecodingSpec:
-    """How groups are sampled.
-
-    Args:
-        max_new_tokens: most columns after the prompt; ``data.max_length`` limits them too.
-        sampling: temperature and truncation.
-        barrier: threads wait for each other once they have opened their closing assessment.
-        num_threads: N; null: the model's. Another number tests how far coordination transfers.
-        seed: groups are a function of it, of the problem and of the weights.
-        engine: what computes the columns: ``plain`` calls the Hugging Face model, ``fast`` is written for decoding and
-            knows some families of models and exchanges, ``auto`` takes it for those.
-    """
-
-    max_new_tokens: int = 256
-    sampling: Sampling = field(default_factory=Sampling)
-    barrier: bool = True
-    num_threads: int | None = None
-    seed: int = 0
-    engine: Engine = "auto"
 
 
 @dataclass(frozen=True)
@@ -232,25 +210,12 @@ class ThreadedModule(LightningModule):
 
     # ---------------------------------------------------------------- sampling and validation
 
-    @torch.no_grad()
     def sample(self, problems: Sequence[Problem], spec: DecodingSpec, seeds: Sequence[int]) -> SampledGroups:
         """Decode one group per problem and judge its threads; the model's mode is kept."""
         assert self.model is not None
         data = self.data
-        prompts = [data.task.template.encode_prompt(problem.text, data.tokenizer) for problem in problems]
-        limits = [min(spec.max_new_tokens, data.max_length - len(prompt)) for prompt in prompts]
-        num_threads = spec.num_threads or self.spec.num_threads
-        rules = (max(limits), spec.sampling, spec.barrier, spec.engine)
-        decoder = make_decoder(self.model, data.tokenizer, data.task.template, *rules)
-        environment = data.task.environment(problems, num_threads, data.tokenizer)
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            rollout = decoder.decode(prompts, num_threads, seeds, environment)
-        finally:
-            self.model.train(was_training)
-        rollout = _cut(rollout, limits, data.tokenizer.pad_token_id)
-        groups = to_groups(rollout, problems, seeds, data.tokenizer, data.task.template)
+        groups, rollout = play_groups(self.model, data.task, data.tokenizer, problems, seeds, spec, data.max_length)
+        num_threads = len(groups[0].threads)
         flat = data.task.judge([(group.problem, thread) for group in groups for thread in group.threads])
         verdicts = [flat[i : i + num_threads] for i in range(0, len(flat), num_threads)]
         return SampledGroups(groups, verdicts, rollout)
@@ -301,20 +266,6 @@ class ThreadedModule(LightningModule):
     def evaluation_metrics(self, name: str) -> tuple[GroupMetrics, TagConfusion]:
         """The metrics of ``val`` or ``test``, holding what the last epoch saw."""
         return cast(GroupMetrics, self.group_metrics[name]), cast(TagConfusion, self.tag_metrics[name])
-
-
-def _cut(rollout: Rollout, limits: Sequence[int], pad_id: int) -> Rollout:
-    """Each group as if it had been decoded with its own limit of columns after the prompt, not with the largest."""
-    times = torch.arange(rollout.input_ids.shape[-1], device=rollout.input_ids.device) - rollout.prompt_length
-    beyond = (times >= torch.tensor(limits, device=times.device)[:, None])[:, None]
-    return Rollout(
-        input_ids=rollout.input_ids.masked_fill(beyond, pad_id),
-        attention_mask=rollout.attention_mask & ~beyond,
-        forced=rollout.forced & ~beyond,
-        logprobs=rollout.logprobs.masked_fill(beyond, 0.0),
-        prompt_length=rollout.prompt_length,
-        finished=rollout.finished & ~(rollout.attention_mask & beyond).any(-1),
-    )
 
 
 def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

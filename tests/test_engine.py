@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lace_lightning.decoding import Engine, GroupDecoder, Rollout, Sampling, make_decoder
+from lace_lightning.decoding import Engine, GroupDecoder, Rollout, Sampling, make_decoder, playing
 from lace_lightning.engine import obstacle, weights
 from lace_lightning.exchange import ExchangeConfig, Isolated, LatticeAttentionConfig
-from lace_lightning.modules import DecodingSpec, SupervisedFinetuning, base
+from lace_lightning.modules import DecodingSpec, SupervisedFinetuning
 from lace_lightning.threaded_lm import ThreadedLM
 from tests.helpers import EXCHANGES, tiny_backbone, tiny_lm, wake
 from tests.stage_helpers import quiet_trainer, spec, trace_data
@@ -196,7 +196,7 @@ def test_an_unknown_engine_is_named():
 @pytest.mark.parametrize("engine", ["plain", "fast", "auto"])
 def test_stages_decode_on_the_engine_that_their_settings_name(engine, monkeypatch):
     made = []
-    monkeypatch.setattr(base, "make_decoder", lambda *args: made.append(make_decoder(*args)) or made[-1])
+    monkeypatch.setattr(playing, "make_decoder", lambda *args: made.append(make_decoder(*args)) or made[-1])
     decoding = DecodingSpec(max_new_tokens=6, engine=engine)
     quiet_trainer(limit_val_batches=1).validate(SupervisedFinetuning(spec(), validation=decoding), trace_data())
     assert made and all(decoder._is_fast == (engine != "plain") for decoder in made)

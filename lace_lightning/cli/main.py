@@ -17,6 +17,7 @@ STAGES = {
 TOOLS = {
     "init": ("lace_lightning.cli.init", "copy the shipped configs, to edit"),
     "generate": ("lace_lightning.cli.generate", "a prompt in, N threads side by side in the terminal"),
+    "eval": ("lace_lightning.cli.eval", "compare methods on benchmarks, at equal tokens and seconds"),
     "bench": ("lace_lightning.cli.bench", "measure decoding and training beside the floor of this machine"),
     "demo": ("lace_lightning.cli.demo", "train and compare threads that talk and threads that don't, in minutes"),
     "ui": ("lace_lightning.cli.ui", "browse the runs in MLflow, on this machine only"),

@@ -3,6 +3,7 @@
 from lace_lightning.decoding.decoder import Decoding, Engine, GroupDecoder
 from lace_lightning.decoding.environment import FREE, Environment
 from lace_lightning.decoding.group import Group, Rollout, Thread
+from lace_lightning.decoding.playing import DecodingSpec, play_groups
 from lace_lightning.decoding.random import group_seed
 from lace_lightning.decoding.sampling import Sampling
 from lace_lightning.decoding.text import generate_groups, make_decoder, to_groups
@@ -12,6 +13,7 @@ __all__ = [
     "FREE",
     "Column",
     "Decoding",
+    "DecodingSpec",
     "Engine",
     "Environment",
     "Group",
@@ -22,5 +24,6 @@ __all__ = [
     "generate_groups",
     "group_seed",
     "make_decoder",
+    "play_groups",
     "to_groups",
 ]

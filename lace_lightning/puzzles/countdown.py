@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from lace_lightning.puzzles.countdown_solver import Naturals, Step, paths, terms_of
-from lace_lightning.puzzles.division import assess, divide_search
+from lace_lightning.puzzles.countdown_follow_ups import word_follow_up
+from lace_lightning.puzzles.countdown_solver import Naturals, Step, Way, paths, terms_of
+from lace_lightning.puzzles.division import Attempt, assess, divide_search
 from lace_lightning.puzzles.expression import parse_expression
 from lace_lightning.puzzles.word_puzzle import HIT, MISS, WordPuzzle, check_sizes, split_of
-from lace_lightning.tasks import Verdict
-from lace_lightning.traces.schema import Problem, Trace, TraceThread
+from lace_lightning.tasks import FollowUp, Verdict
+from lace_lightning.traces.schema import Problem, Tag, Trace, TraceThread
 
 if TYPE_CHECKING:
     from lace_lightning.decoding.group import Thread
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
 LETTERS = "abcd"
 OPERATIONS = "+-*/"
 MAX_DRAWS = 10_000
-
-Way = tuple[Step, ...]
+Ways = dict[str, list[Way]]
+"""Ways to combine all numbers, by the word of their first step."""
 
 
 class Countdown(WordPuzzle):
@@ -67,7 +69,8 @@ class Countdown(WordPuzzle):
         check_sizes("max_value", [max_value], max_number, 9999)
         pairs = [first + second for k, second in enumerate(LETTERS[:numbers]) for first in LETTERS[:k]]
         moves = [pair + operation for pair in pairs for operation in OPERATIONS]
-        super().__init__(["->", "(", ")", "=", ",", *OPERATIONS, *moves, *map(str, range(max_value + 1))], seed)
+        values = map(str, range(max_value + 1))
+        super().__init__(["->", "(", ")", "=", ",", *OPERATIONS, *moves, *values, *map(str, FollowUp)], seed)
         self.numbers = numbers
         self.max_number = max_number
         self.tries = tries
@@ -99,21 +102,30 @@ class Countdown(WordPuzzle):
         """
         problem, rng = self.problem(index, split), self._random(split, index, num_threads)
         ways = self._ways(problem.facts["numbers"])
-        hits = _reaching(ways, problem.facts["target"])
+        hits = reaching(ways, problem.facts["target"])
         attempts = divide_search(list(ways), hits, num_threads, self.tries, rng)
-        threads = []
-        for own, tag in zip(attempts, assess(attempts), strict=True):
-            tried: dict[str, Way] = {}  # a thread that repeats a step repeats what it wrote then
-            for attempt in own:
-                move = attempt.committed
-                tried[move] = tried.get(move) or rng.choice(hits.get(move) or ways[move])
-            text = " ".join(
-                f"{proposed} {move} {_equations(tried[move])} {HIT if is_hit else MISS}"
-                for proposed, move, is_hit in own
-            )
-            answer = tried[own[-1].committed][-1].text
-            threads.append(TraceThread(text, answer, tag, strategy=" ".join(tried), origin="countdown oracle"))
+        threads = [self._write(own, tag, ways, hits, rng) for own, tag in zip(attempts, assess(attempts), strict=True)]
         return Trace(problem, tuple(threads))
+
+    def _write(self, own: Sequence[Attempt[str]], tag: Tag, ways: Ways, hits: Ways, rng: Random) -> TraceThread:
+        """A thread that carries each of its attempts through."""
+        tried: dict[str, Way] = {}  # a thread that repeats a step repeats what it wrote then
+        for attempt in own:
+            move = attempt.committed
+            tried[move] = tried.get(move) or rng.choice(hits.get(move) or ways[move])
+        text = " ".join(
+            f"{proposed} {move} {equations(tried[move])} {HIT if is_hit else MISS}" for proposed, move, is_hit in own
+        )
+        answer = tried[own[-1].committed][-1].text
+        return TraceThread(text, answer, tag, strategy=" ".join(tried), origin="countdown oracle")
+
+    def follow_up(self, kind: FollowUp, problem: Problem, texts: Sequence[str]) -> str:
+        """The problem's text, the word of ``kind``, and of each text as many words of its thought as a thread needs.
+
+        So no prompt is longer than the number of texts makes it, whatever a model wrote.
+        """
+        words_of_a_try = 6 * self.numbers - 4  # proposal, commitment, equations with commas between, verdict
+        return word_follow_up(kind, problem.text, texts, self.tries * words_of_a_try)
 
     def adapt(self, problem: Problem) -> Problem:
         """A problem with ``numbers`` and ``target`` among its facts, reworded as this puzzle's prompt.
@@ -152,23 +164,35 @@ class Countdown(WordPuzzle):
         )
 
     def _all_ways(self, numbers: list[int]) -> list[Way]:
-        return list(paths(terms_of(numbers), self._combine))
+        return _all_ways(tuple(numbers), self._combine)
 
-    def _ways(self, numbers: list[int]) -> dict[str, list[Way]]:
-        """All ways to combine ``numbers``, by the word of their first step."""
-        ways: dict[str, list[Way]] = {}
+    def _ways(self, numbers: list[int]) -> Ways:
+        ways: Ways = {}
         for way in self._all_ways(numbers):
-            i, j = way[0].positions
-            ways.setdefault(LETTERS[i] + LETTERS[j] + way[0].operation, []).append(way)
+            ways.setdefault(first_step(way), []).append(way)
         return ways
 
 
-def _reaching(ways: dict[str, list[Way]], target: int) -> dict[str, list[Way]]:
+@lru_cache(maxsize=16)
+def _all_ways(numbers: tuple[int, ...], combine: Naturals) -> list[Way]:
+    """A trace asks for the ways that its problem was drawn with."""
+    return list(paths(terms_of(numbers), combine))
+
+
+def first_step(way: Way) -> str:
+    """The word of a way's first step."""
+    i, j = way[0].positions
+    return LETTERS[i] + LETTERS[j] + way[0].operation
+
+
+def reaching(ways: Ways, target: int) -> Ways:
+    """Those of ``ways`` that reach ``target``, without first steps that never do."""
     hits = {move: [way for way in of_move if way[-1].value == target] for move, of_move in ways.items()}
     return {move: of_move for move, of_move in hits.items() if of_move}
 
 
-def _equations(way: Way) -> str:
+def equations(way: Sequence[Step]) -> str:
+    """``100 - 93 = 7 , 30 - 7 = 23``."""
     return " , ".join(f"{step.left.value} {step.operation} {step.right.value} = {step.value}" for step in way)
 
 

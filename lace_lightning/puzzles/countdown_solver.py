@@ -31,6 +31,9 @@ class Step(NamedTuple):
         return f"{self.left.text} {self.operation} {self.right.text}"
 
 
+Way = tuple[Step, ...]
+"""Steps one after the other, until one number is left."""
+
 Combine = Callable[[Term, Term], Iterator[tuple[Term, str, Term, int | Fraction]]]
 
 
@@ -65,7 +68,7 @@ class Naturals:
             yield high, "/", low, x // y
 
 
-def paths(terms: Sequence[Term], combine: Combine) -> Iterator[tuple[Step, ...]]:
+def paths(terms: Sequence[Term], combine: Combine) -> Iterator[Way]:
     """Every sequence of ``len(terms) - 1`` steps that leaves one term."""
     if len(terms) == 1:
         yield ()
@@ -74,6 +77,9 @@ def paths(terms: Sequence[Term], combine: Combine) -> Iterator[tuple[Step, ...]]
         rest = [term for k, term in enumerate(terms) if k not in (i, j)]
         for left, operation, right, value in combine(terms[i], terms[j]):
             step = Step((i, j), left, operation, right, value)
+            if not rest:  # the last step; going on would cost as much as all before
+                yield (step,)
+                continue
             for later in paths([Term(value, f"( {step.text} )"), *rest], combine):
                 yield (step, *later)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from lace_lightning.traces.columns import Columns
 from lace_lightning.traces.schema import Problem, Tag, Trace, TraceThread
 
 OnBad = Literal["error", "skip"]
@@ -36,6 +37,8 @@ def read_problems(
     on_bad: OnBad = "error",
     option: str = "problems",
     adapt: Callable[[Problem], Problem] | None = None,
+    subset: str | None = None,
+    columns: Columns | None = None,
 ) -> list[Problem]:
     """Read and check all problems of a source. Keys beyond the schema go to ``Problem.facts``.
 
@@ -45,6 +48,8 @@ def read_problems(
         on_bad: ``"error"`` ends at bad rows, ``"skip"`` leaves them out and warns with their count.
         option: what the user calls ``source``, for error messages.
         adapt: last word on each row: returns the problem to keep, or raises ValueError or KeyError to refuse it.
+        subset: which part of a hub data set, where it has several ("main" of GSM8K); files have none.
+        columns: the rows' own names for our fields; None: they have ours.
 
     Raises:
         BadDataError: the source is missing, of an unknown kind, unreadable, without usable rows, or has bad rows
@@ -53,13 +58,14 @@ def read_problems(
     first_seen: dict[str, str] = {}
 
     def parse(row: object, place: str) -> Problem:
+        row = row if columns is None else columns.rename(row, place)
         problem = _adapted(parse_problem(row), adapt)
         if problem.id in first_seen:
             raise ValueError(f"id {problem.id!r} repeats {first_seen[problem.id]}")
         first_seen[problem.id] = place
         return problem
 
-    return _read(source, split, on_bad, option, parse)
+    return _read(source, split, on_bad, option, parse, subset)
 
 
 def read_traces(
@@ -229,12 +235,19 @@ def _kind(value: object) -> str:
 # ---------------------------------------------------------------------------------------------------- sources
 
 
-def _read(source: str | Path, split: str, on_bad: OnBad, option: str, parse: Callable[[object, str], _T]) -> list[_T]:
+def _read(
+    source: str | Path,
+    split: str,
+    on_bad: OnBad,
+    option: str,
+    parse: Callable[[object, str], _T],
+    subset: str | None = None,
+) -> list[_T]:
     if on_bad not in ("error", "skip"):
         raise ValueError(f"on_bad={on_bad!r}: use 'error' or 'skip'")
     items: list[_T] = []
     bad: list[str] = []
-    for place, row in _rows(str(source), split, option):
+    for place, row in _rows(str(source), split, option, subset):
         try:
             items.append(parse(_parse_json(row) if isinstance(row, bytes) else row, place))
         except ValueError as error:
@@ -256,11 +269,11 @@ def _report(bad: list[str], num_good: int, on_bad: OnBad, name: str) -> None:
     warnings.warn(f"{count} and left out (on_bad='skip'):{listed}", stacklevel=4)
 
 
-def _rows(source: str, split: str, option: str) -> Iterator[tuple[str, object]]:
+def _rows(source: str, split: str, option: str, subset: str | None) -> Iterator[tuple[str, object]]:
     """(place, row) of every row: the bytes of a JSONL line, or a decoded object. Lines and rows count from 1."""
     path = Path(source)
     if not path.exists() and _HUB_NAME.fullmatch(source) and not source.startswith(".") and not _has_suffix(path):
-        return _numbered(_load_hub(source, split, option), f"{source}[{split}]")
+        return _numbered(_load_hub(source, split, option, subset), f"{source}[{split}]")
     if path.is_dir():
         raise BadDataError(f"{option}={source!r}: is a folder; give one {', '.join(SUFFIXES)} file")
     suffix = _suffix(path, option)
@@ -297,11 +310,11 @@ def _load_parquet(path: Path, option: str) -> Iterable[object]:
         ) from error
 
 
-def _load_hub(name: str, split: str, option: str) -> Iterable[object]:
+def _load_hub(name: str, split: str, option: str, subset: str | None) -> Iterable[object]:
     import datasets  # slow to import
 
     try:
-        return datasets.load_dataset(name, split=split)
+        return datasets.load_dataset(name, subset, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise BadDataError(
             f"{option}={name!r}: is no file here, and the hub has no such data set with split {split!r} "

@@ -1,0 +1,56 @@
+"""All outcomes as one Parquet file, a row each, for analysis elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lace_lightning.evaluation.judged import JudgedOutcome, to_json
+
+ROWS_PER_GROUP = 256
+_JSON = ("facts", "notes", "statistics")
+"""Fields of no fixed form: the JSON text of an object."""
+
+
+def _schema() -> pa.Schema:
+    text, number, real = pa.string(), pa.int64(), pa.float64()
+    passage = {
+        "role": text, "group": number, "verdict": text, "text": text, "thought": text, "answer": text, "tag": text,
+        "observations": pa.list_(text), "token_ids": pa.list_(number), "columns": pa.list_(number),
+        "logprobs": pa.list_(real), "forced": pa.list_(pa.bool_()), "finished": text, "gates": pa.list_(real),
+    }  # fmt: skip
+    problem = dict.fromkeys(("id", "text", "answer", "facts", "source"), text)
+    cost = {"prompt_tokens": number, "tokens": number, "columns": number, "seconds": real}
+    columns = {
+        "benchmark": text, "method": text, "seed": number, "problem": pa.struct(problem),
+        "passages": pa.list_(pa.struct(passage)), "chosen": number, "found": text, "confidence": real,
+        "cost": pa.struct(cost), "notes": text, "statistics": text,
+    }  # fmt: skip
+    return pa.schema(columns)
+
+
+def write_parquet(records: Iterable[JudgedOutcome], path: str | Path) -> None:
+    """Write the outcomes; the file appears whole or not at all."""
+    partial, schema, rows = Path(f"{path}.partial"), _schema(), map(_row, records)
+    with pq.ParquetWriter(partial, schema) as writer:
+        while chunk := list(islice(rows, ROWS_PER_GROUP)):
+            writer.write_table(pa.Table.from_pylist(chunk, schema))
+    os.replace(partial, path)
+
+
+def _row(record: JudgedOutcome) -> dict[str, Any]:
+    row = to_json(record)
+    row["problem"] = dict(_texts(row["problem"]))
+    return dict(_texts(row))
+
+
+def _texts(row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in row.items():
+        yield name, json.dumps(value, default=str) if name in _JSON else value
