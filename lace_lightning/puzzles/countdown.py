@@ -14,11 +14,11 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from lace_lightning.puzzles.countdown_solver import Naturals, Step, paths, terms_of
-from lace_lightning.puzzles.division import assess, divide_search
+from lace_lightning.puzzles.division import Attempt, assess, divide_search
 from lace_lightning.puzzles.expression import parse_expression
 from lace_lightning.puzzles.word_puzzle import HIT, MISS, WordPuzzle, check_sizes, split_of
 from lace_lightning.tasks import Verdict
-from lace_lightning.traces.schema import Problem, Trace, TraceThread
+from lace_lightning.traces.schema import Problem, Tag, Trace, TraceThread
 
 if TYPE_CHECKING:
     from lace_lightning.decoding.group import Thread
@@ -101,19 +101,23 @@ class Countdown(WordPuzzle):
         ways = self._ways(problem.facts["numbers"])
         hits = _reaching(ways, problem.facts["target"])
         attempts = divide_search(list(ways), hits, num_threads, self.tries, rng)
-        threads = []
-        for own, tag in zip(attempts, assess(attempts), strict=True):
-            tried: dict[str, Way] = {}  # a thread that repeats a step repeats what it wrote then
-            for attempt in own:
-                move = attempt.committed
-                tried[move] = tried.get(move) or rng.choice(hits.get(move) or ways[move])
-            text = " ".join(
-                f"{proposed} {move} {_equations(tried[move])} {HIT if is_hit else MISS}"
-                for proposed, move, is_hit in own
-            )
-            answer = tried[own[-1].committed][-1].text
-            threads.append(TraceThread(text, answer, tag, strategy=" ".join(tried), origin="countdown oracle"))
+        tags = assess(attempts)
+        threads = [_thread(own, tag, ways | hits, rng) for own, tag in zip(attempts, tags, strict=True)]
         return Trace(problem, tuple(threads))
+
+    def attempt(self, problem: Problem, avoid: Sequence[str], rng: Random) -> TraceThread | None:
+        """What a thread alone would write, with first steps that are in no strategy of ``avoid``; None if none is left.
+
+        The thread searches blindly, as those of :meth:`trace` do: whether it hits is luck.
+        """
+        ways = self._ways(problem.facts["numbers"])
+        hits = _reaching(ways, problem.facts["target"])
+        used = {move for strategy in avoid for move in strategy.split()}
+        left = [move for move in ways if move not in used]
+        if not left:
+            return None
+        attempts = divide_search(left, hits, 1, self.tries, rng)
+        return _thread(attempts[0], assess(attempts)[0], ways | hits, rng)
 
     def adapt(self, problem: Problem) -> Problem:
         """A problem with ``numbers`` and ``target`` among its facts, reworded as this puzzle's prompt.
@@ -158,6 +162,19 @@ class Countdown(WordPuzzle):
             i, j = way[0].positions
             ways.setdefault(LETTERS[i] + LETTERS[j] + way[0].operation, []).append(way)
         return ways
+
+
+def _thread(own: Sequence[Attempt[str]], tag: Tag, ways: dict[str, list[Way]], rng: Random) -> TraceThread:
+    """A thread's attempts in words; of each first step any of its ``ways`` is taken."""
+    tried: dict[str, Way] = {}  # a thread that repeats a step repeats what it wrote then
+    for attempt in own:
+        move = attempt.committed
+        tried[move] = tried.get(move) or rng.choice(ways[move])
+    text = " ".join(
+        f"{proposed} {move} {_equations(tried[move])} {HIT if is_hit else MISS}" for proposed, move, is_hit in own
+    )
+    answer = tried[own[-1].committed][-1].text
+    return TraceThread(text, answer, tag, strategy=" ".join(tried), origin="countdown oracle")
 
 
 def _reaching(ways: dict[str, list[Way]], target: int) -> dict[str, list[Way]]:
