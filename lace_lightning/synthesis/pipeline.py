@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ class Synthesis:
         compression: what is too long.
         judging: how often to rank.
         assembly: which threads make a trace.
-        embedder: tells how alike solutions are.
+        embedder: tells how alike solutions are; null: by word n-grams.
         prices: of tokens, for the card.
         traces: name of the trace file in the folder, ``.jsonl``, ``.jsonl.gz`` or ``.parquet``.
         seed: of everything random.
@@ -79,7 +79,7 @@ class Synthesis:
     compression: CompressionOptions = CompressionOptions()
     judging: JudgingOptions = JudgingOptions()
     assembly: AssemblyOptions = AssemblyOptions()
-    embedder: Embedder = field(default_factory=NgramEmbedder)
+    embedder: Embedder | None = None
     prices: Prices = Prices()
     traces: str = "traces.jsonl"
     seed: int = 0
@@ -140,6 +140,10 @@ class Synthesis:
                 outcomes[stage.name], rows = outcome, outcome.kept
             self._finish(folder, outcomes, publishes=True)
 
+    @property
+    def _embedder(self) -> Embedder:
+        return self.embedder or NgramEmbedder()
+
     def _collect(self, folder: WorkFolder) -> Outcome:
         settings = {"options": fingerprint(self.problems), "task": describe(self.task)}
         if not folder.has_settings("problems", settings):
@@ -151,7 +155,7 @@ class Synthesis:
     def _stages(self) -> list[Stage]:
         task, teacher, seed, width = self.task, self.teacher, self.seed, self.width
         told = {"task": describe(task), "teacher": teacher.identity, "seed": seed}
-        embedder = describe(self.embedder)
+        embedder = describe(self._embedder)
         stages = [
             Stage("sampling", {**told, "options": asdict(self.sampling), "embedder": embedder}, self._sample),
             Stage(
@@ -182,7 +186,7 @@ class Synthesis:
     def _sample(self, rows: Sequence[Row]) -> Iterable[Row]:
         if self.sampling.style == "debate":
             return debate(rows, self.teacher, self.task, self.sampling, self.seed, self.width)
-        return sample(rows, self.teacher, self.task, self.embedder, self.sampling, self.seed, self.width)
+        return sample(rows, self.teacher, self.task, self._embedder, self.sampling, self.seed, self.width)
 
     def _finish(self, folder: WorkFolder, outcomes: dict[str, Outcome], publishes: bool) -> None:
         """Write traces and card; of a shard, MLflow hears nothing."""
@@ -191,7 +195,7 @@ class Synthesis:
         made_with = {stage.name: stage.settings for stage in self._stages()}
         made_with["problems"] = fingerprint(self.problems)
         counter = TokenCounter(self.compression.tokenizer)
-        card = make_card(outcomes, traces, self.teacher, self.embedder, counter, self.prices, made_with)
+        card = make_card(outcomes, traces, self.teacher, self._embedder, counter, self.prices, made_with)
         write_text(json.dumps(card, ensure_ascii=False, indent=1) + "\n", folder.path / "card.json")
         write_text(to_markdown(card, Path(self.folder).name), folder.path / "card.md")
         if publishes and self.tracking_uri is not None:
