@@ -223,6 +223,13 @@ def test_shipped_config_runs(name, tmp_path, monkeypatch):
     assert all(len(trace.threads) == 4 for trace in traces)
 
 
+def test_the_endpoint_config_parses_and_asks_nobody(tmp_path, monkeypatch):
+    pytest.importorskip("lace_lightning.synthesis.chats")
+    monkeypatch.chdir(tmp_path)
+    synthesis, _ = build(["--config", str(SHIPPED / "synth/endpoint.yaml")])
+    assert "v1/solve.txt" in synthesis.teacher.identity and synthesis.compression.above == 8000
+
+
 def test_the_card_reaches_mlflow(tmp_path):
     from mlflow.tracking import MlflowClient
 

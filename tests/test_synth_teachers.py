@@ -6,7 +6,10 @@ from fractions import Fraction
 from random import Random
 
 import pytest
+import torch
 
+from lace_lightning.checkpoints import FROZEN, TRAINED
+from lace_lightning.model_spec import ModelSpec
 from lace_lightning.puzzles import Countdown
 from lace_lightning.puzzles.expression import parse_expression
 from lace_lightning.synthesis.chat import ChatModel, ChatReply
@@ -15,6 +18,7 @@ from lace_lightning.synthesis.prompts import NAMES, Prompts
 from lace_lightning.synthesis.solver import ChatSolver
 from lace_lightning.synthesis.teacher import Contest, Draft, Query, Turn, Usage
 from lace_lightning.synthesis.teachers import ArithmeticTeacher, LanguageTeacher, PuzzleTeacher
+from lace_lightning.synthesis.threaded_solver import ThreadedSolver
 from lace_lightning.tasks import Verdict
 from lace_lightning.traces.schema import Problem
 from lace_lightning.verification import MathTask
@@ -138,6 +142,31 @@ def test_a_chat_solver_takes_boxed_answers_only():
     chat = Parrot("it is \\boxed{72}", "it is 72", ChatReply("", "error", error="dead"))
     found = ChatSolver(chat).attempt([SUM] * 3, [1, 2, 3])
     assert [s.answer for s in found] == ["72", None, None] and [s.error for s in found] == ["", "", "dead"]
+
+
+# ---------------------------------------------------------------- the model to be trained
+
+
+def test_a_threaded_solver_attempts_alike_whatever_is_in_the_batch_and_reads_its_checkpoint(tmp_path):
+    puzzle = Countdown()
+    problems = [puzzle.problem(index) for index in range(5)]
+    architecture = dict(
+        model_type="qwen3", hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, tie_word_embeddings=True,
+    )  # fmt: skip
+    spec = ModelSpec(architecture=architecture, num_threads=1)
+    torch.manual_seed(1)
+    weights = {f"model.{name}": value for name, value in spec.build(puzzle.tokenizer()).state_dict().items()}
+    saved = tmp_path / "stage.ckpt"
+    torch.save({"state_dict": weights, TRAINED: sorted(weights), FROZEN: {}}, saved)
+    found = []
+    for batch_size in (5, 2):
+        solver = ThreadedSolver(puzzle, spec, [str(saved)], max_new_tokens=12, batch_size=batch_size)
+        found.append(solver.attempt(problems, range(5)))
+    assert found[0] == found[1] and all(s.text and s.usage.completion_tokens <= 12 for s in found[0])
+    assert len({solution.text for solution in found[0]}) == 5
+    other = ThreadedSolver(puzzle, spec, [str(saved)], max_new_tokens=11)
+    assert other.identity != ThreadedSolver(puzzle, spec, [str(saved)], max_new_tokens=12).identity
 
 
 # ---------------------------------------------------------------- programs

@@ -21,8 +21,6 @@ def run(argv: Sequence[str]) -> int:
     """Run the pipeline, merge shards or report on a trace file; the exit code: 0, or 2 for what the user can mend."""
     from jsonargparse import ArgumentError
 
-    from lace_lightning.tracking import TrackingError
-
     try:
         if argv[:1] == ["report"]:
             return _report(argv[1:])
@@ -32,7 +30,7 @@ def run(argv: Sequence[str]) -> int:
         synthesis, options = build(argv)
         synthesis.run(options.stage, None if options.shard is None else _shard(options.shard))
         return 0
-    except (ArgumentError, ValueError, OSError, TrackingError) as error:
+    except (ArgumentError, ValueError, OSError, RuntimeError) as error:  # of chat models and tracking, too
         return explain(error)
 
 

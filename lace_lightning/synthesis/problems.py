@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lace_lightning.synthesis.overlap import Match, contaminated, near_duplicates
-from lace_lightning.synthesis.rows import Row
+from lace_lightning.synthesis.rows import Row, file_digest
 from lace_lightning.tasks import Puzzle, Task
 from lace_lightning.traces.reading import OnBad, read_problems
 from lace_lightning.traces.schema import Problem
@@ -89,7 +88,7 @@ def collect(options: ProblemOptions, task: Task) -> list[Row]:
 def fingerprint(options: ProblemOptions) -> dict[str, Any]:
     """The options, with the digests of the files that they name."""
     named = [options.source, *options.evaluation]
-    files = {name: _file_digest(Path(name)) for name in named if name is not None and Path(name).is_file()}
+    files = {name: file_digest(Path(name)) for name in named if name is not None and Path(name).is_file()}
     return asdict(options) | {"files": files}
 
 
@@ -132,11 +131,6 @@ def _normalised(problem: Problem) -> Problem:
 def _remove(row: Row, reason: str, match: Match, other: Problem, source: str) -> None:
     row["removed"] = reason
     row["match"] = {"id": other.id, "source": source, "overlap": round(match.overlap, 4), "problem": other.text}
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shard_of(rows: Sequence[Row], index: int, count: int) -> list[Row]:

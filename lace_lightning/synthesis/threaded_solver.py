@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from lace_lightning.checkpoints import initialise
 from lace_lightning.decoding import GroupDecoder, Sampling, make_decoder, to_groups
 from lace_lightning.model_spec import ModelSpec
-from lace_lightning.synthesis.rows import describe, digest
+from lace_lightning.synthesis.rows import describe, digest, file_digest
 from lace_lightning.synthesis.solver import Solver
 from lace_lightning.synthesis.teacher import Solution, Usage
 from lace_lightning.tasks import Task
@@ -33,6 +34,9 @@ class ThreadedSolver(Solver):
         max_new_tokens: most columns of an attempt.
         sampling: how tokens are chosen; null: at temperature 1.
         batch_size: attempts decoded together; does not change what comes out.
+
+    Raises:
+        OSError: a checkpoint cannot be read.
     """
 
     def __init__(
@@ -52,7 +56,8 @@ class ThreadedSolver(Solver):
         self.max_new_tokens = max_new_tokens
         self.sampling = sampling or Sampling()
         self.batch_size = batch_size
-        settings = describe([task, spec, self.checkpoints, tokenizer, max_new_tokens, self.sampling])
+        weights = [file_digest(Path(path)) for path in self.checkpoints]
+        settings = describe([task, spec, weights, tokenizer, max_new_tokens, self.sampling])
         self.identity = f"ThreadedSolver({', '.join(checkpoints) or spec.backbone}, {digest(settings)[:12]})"
 
     def attempt(self, problems: Sequence[Problem], seeds: Sequence[int]) -> list[Solution]:
