@@ -62,7 +62,7 @@ def solved(reply: str | ChatReply):
             "no method\n\\boxed{5}\nthen \\boxed{6}",
             "no method\n\\boxed{5}",
             "6",
-            "no method \\boxed{5} then \\boxed{6}",
+            "no method \\boxed{5}",  # without a method line the beginning stands for it
         ),
         ("Method: m\nnever says", "never says", None, "m"),
         ("Method: m\n\\boxed{open", "\\boxed{open", None, "m"),

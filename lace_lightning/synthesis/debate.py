@@ -58,12 +58,14 @@ def _hold(row: Row, task: Task, options: SamplingOptions, seed: int) -> Generato
 
 
 def _joined(parts: Sequence[Solution]) -> Solution:
-    """One thread: its parts one after the other, its last answer, the method of its first part."""
+    """One thread: its parts one after the other, the answer and the method of the last."""
     usage = parts[0].usage
     for part in parts[1:]:
         usage += part.usage
     last = parts[-1]
-    return replace(last, text="\n\n".join(part.text for part in parts), method=parts[0].method, usage=usage)
+    return replace(
+        last, text="\n\n".join(part.text for part in parts), method=last.method or parts[0].method, usage=usage
+    )
 
 
 def _ask(teacher: Teacher, questions: Sequence[list[Turn]]) -> list[list[Solution]]:
