@@ -22,8 +22,8 @@ ANY_STAGE = ("exchange", "trainer")
 """Folders of files that go on top of any stage."""
 VALIDATED = ("real",)
 """Folders whose configs have nothing to train."""
-OF_OTHER_COMMANDS = ("eval", "countdown/eval")
-"""Beginnings of configs that are no stage's: of `lace eval`, see test_eval_benchmarks, test_methods_configs."""
+OF_OTHER_COMMANDS = ("eval", "countdown/eval", "synth")
+"""Beginnings of configs that are no stage's: of `lace eval` and `lace synth`, whose own tests read them."""
 STAGE = ("demo/base.yaml", "demo/sft.yaml")
 
 

@@ -16,6 +16,7 @@ STAGES = {
 }
 TOOLS = {
     "init": ("lace_lightning.cli.init", "copy the shipped configs, to edit"),
+    "synth": ("lace_lightning.cli.synth", "make traces from problems and a teacher"),
     "generate": ("lace_lightning.cli.generate", "a prompt in, N threads side by side in the terminal"),
     "eval": ("lace_lightning.cli.eval", "compare methods on benchmarks, at equal tokens and seconds"),
     "bench": ("lace_lightning.cli.bench", "measure decoding and training beside the floor of this machine"),

@@ -138,13 +138,29 @@ def _from_hub(given: argparse.Namespace) -> Request:
 # ---------------------------------------------------------------- a run of ours
 
 
-def _from_run(given: argparse.Namespace) -> Request:
+def load_run(given: argparse.Namespace) -> tuple[ThreadedLM, GroupData]:
+    """Model and data of the run that ``run``, or ``config`` with ``ckpt``, names.
+
+    Raises:
+        ValueError: they name no run of ours.
+    """
+    module, data, checkpoint = _find_run(given)
+    return _load(module, data, checkpoint), data
+
+
+def _find_run(given: argparse.Namespace) -> tuple[ThreadedModule, GroupData, Path]:
     folder = None if given.run is None else _run_folder(Path(given.run))
+    if folder is None and given.ckpt is None:
+        raise ValueError(f"--config {given.config} needs the checkpoint of its run: --ckpt FILE")
     config = Path(given.config) if folder is None else folder / "config.yaml"
     checkpoint = Path(given.ckpt) if folder is None or given.ckpt else _newest_checkpoint(folder)
     _check_file(config, "--config")
     _check_file(checkpoint, "--ckpt")
-    module, data = _instantiate(config)
+    return *_instantiate(config), checkpoint
+
+
+def _from_run(given: argparse.Namespace) -> Request:
+    module, data, checkpoint = _find_run(given)
     problem = _problem_at(data, given.problem) if given.prompt is None else _problem_like(data.task, given.prompt)
     decoding = module.validation
     room = data.max_length - len(data.task.template.encode_prompt(problem.text, data.tokenizer))

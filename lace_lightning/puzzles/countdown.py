@@ -119,6 +119,20 @@ class Countdown(WordPuzzle):
         answer = tried[own[-1].committed][-1].text
         return TraceThread(text, answer, tag, strategy=" ".join(tried), origin="countdown oracle")
 
+    def attempt(self, problem: Problem, avoid: Sequence[str], rng: Random) -> TraceThread | None:
+        """What a thread alone would write, with first steps that are in no strategy of ``avoid``; None if none is left.
+
+        The thread searches blindly, as those of :meth:`trace` do: whether it hits is luck.
+        """
+        ways = self._ways(problem.facts["numbers"])
+        hits = reaching(ways, problem.facts["target"])
+        used = {move for strategy in avoid for move in strategy.split()}
+        left = [move for move in ways if move not in used]
+        if not left:
+            return None
+        attempts = divide_search(left, hits, 1, self.tries, rng)
+        return self._write(attempts[0], assess(attempts)[0], ways, hits, rng)
+
     def follow_up(self, kind: FollowUp, problem: Problem, texts: Sequence[str]) -> str:
         """The problem's text, the word of ``kind``, and of each text as many words of its thought as a thread needs.
 
