@@ -22,6 +22,7 @@ MECHANISM = ("lattice", "exchange", "packing", "backbone", "compiled_layers", "l
 MECHANISM += ("adapter", "decoding", "engine")
 DATA = ("traces", "tasks", "puzzles", "verification")
 MEASUREMENT = ("embedding", "diversity", "rewards", "policy_loss", "metrics", "figures", "rendering", "bench")
+MEASUREMENT += ("evaluation", "tokenizer")
 ABOVE = {
     "datamodules": {"modules", "callbacks", "cli"},
     "modules": {"callbacks", "cli"},

@@ -217,7 +217,7 @@ def test_a_hub_name_goes_to_datasets_without_remote_code(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert [trace.problem.id for trace in read_traces("someone/traces", split="dev")] == ["p0", "p1"]
-    assert calls == [(("someone/traces",), {"split": "dev"})]
+    assert calls == [(("someone/traces", None), {"split": "dev"})]
 
     def fail(*args: object, **options: object) -> None:
         raise ConnectionError("no route")

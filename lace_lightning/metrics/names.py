@@ -89,6 +89,7 @@ DESCRIPTIONS = {
         ("cross_ratio", CROSS_RATIO_METRICS),
         ("diversity", DIVERSITY_METRICS),
         ("test", {"<statistic>": "the statistic of the same name under val/, of `lace test`"}),
+        ("eval", {"<benchmark>/<method>/<statistic>": "a column of the tables of `lace eval`, mean over problems"}),
         ("test/tags", {"<statistic>": "the statistic of the same name under tags/, of `lace test`"}),
     )
     for name, description in metrics.items()
