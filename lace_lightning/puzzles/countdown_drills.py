@@ -12,7 +12,7 @@ from itertools import accumulate
 from random import Random
 from typing import NamedTuple
 
-from lace_lightning.puzzles.countdown import Countdown, Ways, equations, first_step, reaching
+from lace_lightning.puzzles.countdown import Countdown, Ways, equations, reaching
 from lace_lightning.puzzles.countdown_follow_ups import RATINGS
 from lace_lightning.puzzles.countdown_solver import Way
 from lace_lightning.puzzles.division import divide_search
@@ -144,13 +144,10 @@ class CountdownDrills(Countdown):
         return _equation_texts(way[:done]), TraceThread(equations(way[done:][:1]), way[-1].text if is_last else "", tag)
 
     def _rate(self, search: Search, rng: Random) -> Drill:
-        way = _any_way(search, rng)
+        way = _any_way(search, rng)  # one that hits, if its first step allows it: a miss means that nothing does
         done = rng.randint(1, len(way))
-        start = way[:done]
-        onward = [other for other in search.hits.get(first_step(way), []) if other[:done] == start]
-        way = rng.choice(onward) if onward else way
         is_hit = _reaches(way, search)
-        texts = _equation_texts(start)
+        texts = _equation_texts(way[:done])
         if done == len(way) and not is_hit and rng.random() < self.false_claims:
             texts[-1] = _claim(texts[-1], search)
         thought = f"{equations(way[done:])} {HIT if is_hit else MISS}".strip()
