@@ -48,7 +48,7 @@ class ChatReply:
 
 
 class ChatError(RuntimeError):
-    """What no retry mends, whatever the request: a refused key, an unknown model, an unreadable cache. It ends a run."""
+    """What no retry mends, whatever the request: a refused key, an unknown model, a damaged cache. It ends a run."""
 
 
 OnReply = Callable[[int, ChatReply], None]
