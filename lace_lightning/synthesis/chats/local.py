@@ -161,7 +161,7 @@ class HuggingFaceChat(EagerChatModel):
         from lace_lightning.decoding import GroupDecoder
 
         pad = self._tokenizer.pad_token_id
-        return GroupDecoder(self._lm, sampling, limit, self._ends, self._ends[0] if pad is None else pad)
+        return GroupDecoder(self._lm, sampling, limit, self._ends, 0 if pad is None else pad)
 
     def _read(self, rollout: Rollout, row: int, prompt_tokens: int) -> ChatReply:
         start = rollout.prompt_length
