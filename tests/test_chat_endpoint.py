@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -356,6 +357,36 @@ def test_signals_end_the_asking_at_once_and_keep_what_has_arrived(server, number
         rest, errors = process.communicate(timeout=10)
     assert arrived == {"0\n", "1\n"} and rest == "interrupted\n"
     assert not errors, "no complaint about tasks or connections left behind"
+
+
+def test_a_signal_never_cuts_in_between_a_reply_and_its_storing(server):
+    """The handler raises in the main thread, whatever the receiver is doing."""
+    stored = []
+
+    def slow_disk(index: int, reply: ChatReply) -> None:
+        if index == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.2)
+        stored.append(index)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            chat_with(server, concurrency=1).ask_each([question(str(i)) for i in range(20)], slow_disk)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert stored[0] == 0 and len(stored) < 20
+    assert "chat" not in {t.name for t in threading.enumerate()}
+
+
+def test_it_asks_from_within_a_running_event_loop_too(server):
+    async def notebook() -> list[ChatReply]:
+        return chat_with(server).ask([question("x")])
+
+    assert asyncio.run(notebook())[0].text == "echo: x"
 
 
 def test_a_reply_survives_json(server):

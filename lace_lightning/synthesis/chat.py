@@ -75,6 +75,7 @@ class ChatModel(ABC):
     def ask_each(self, requests: Sequence[ChatRequest], on_reply: OnReply) -> None:
         """Like :meth:`ask`, but hands over each reply as soon as it is there, in any order.
 
+        ``on_reply`` is called once per request, one call at a time, maybe in another thread than the caller's.
         What ``on_reply`` raises ends the asking and comes out here.
         """
         for index, reply in enumerate(self.ask(requests)):

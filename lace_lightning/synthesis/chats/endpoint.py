@@ -8,12 +8,13 @@ import logging
 import os
 import random
 import re
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from urllib.parse import urlsplit
 
 from lace_lightning.synthesis.chat import ChatError, ChatReply, ChatRequest, EagerChatModel, OnReply
 from lace_lightning.synthesis.chats.completion import BadAnswer, read_completion, without_surrogates
+from lace_lightning.synthesis.chats.event_loop import run_all, run_apart
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -92,7 +93,7 @@ class OpenAIChat(EagerChatModel):
         _read_key(api_key_env)
 
     def ask_each(self, requests: Sequence[ChatRequest], on_reply: OnReply) -> None:
-        asyncio.run(self._ask_all(requests, on_reply))
+        run_apart(self._ask_all(requests, on_reply))
 
     async def _ask_all(self, requests: Sequence[ChatRequest], on_reply: OnReply) -> None:
         from openai import AsyncOpenAI, Timeout
@@ -108,7 +109,7 @@ class OpenAIChat(EagerChatModel):
         # repeats garbled answers nor knows of a patience. "none" keeps it from taking a key from the environment.
         limits = Timeout(None, connect=_CONNECT_LIMIT)
         async with AsyncOpenAI(base_url=self.base_url, api_key=key or "none", max_retries=0, timeout=limits) as client:
-            await _gather(work(client) for _ in range(min(self.concurrency, len(requests))))
+            await run_all(work(client) for _ in range(min(self.concurrency, len(requests))))
 
     async def _reply(self, client: AsyncOpenAI, request: ChatRequest, key: str) -> ChatReply:
         clock = asyncio.get_running_loop().time
@@ -167,19 +168,6 @@ class OpenAIChat(EagerChatModel):
                 "server, or correct base_url, then run again",
             }[failure.outlook]
         )
-
-
-async def _gather(jobs: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Run all jobs; the first error ends the others and is raised."""
-    first: Exception | None = None
-    try:
-        async with asyncio.TaskGroup() as group:
-            for job in jobs:
-                group.create_task(job)
-    except ExceptionGroup as errors:
-        first = errors.exceptions[0]
-    if first is not None:  # raised here, it keeps its own cause
-        raise first
 
 
 def _backoff(first: float, attempt: int) -> float:
