@@ -67,12 +67,13 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: in
 
 
 def save_chat_model(folder: Path, has_template: bool = True, is_trained: bool = True) -> Path:
-    """Model, tokenizer and generation config: a turn ends with <|end|>."""
+    """Model, tokenizer and generation config: a turn ends with <|end|>, and servers are to sample."""
     tokenizer = byte_tokenizer(has_template)
     model = tiny_llama(tokenizer)
     if is_trained:
         train(model, tokenizer)
     model.generation_config.eos_token_id = [1, 3]
+    model.generation_config.do_sample = True
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

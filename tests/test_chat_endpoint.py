@@ -17,8 +17,9 @@ import traceback
 from pathlib import Path
 
 import pytest
+from jsonargparse import ArgumentParser
 
-from lace_lightning.synthesis.chat import ChatError, ChatReply, ChatRequest
+from lace_lightning.synthesis.chat import ChatError, ChatModel, ChatReply, ChatRequest
 from lace_lightning.synthesis.chats import OpenAIChat
 from tests.chat_server import ChatServer, chat_server
 
@@ -325,6 +326,25 @@ def test_identity_tells_models_apart_but_not_ports():
         OpenAIChat("tiny", one.base_url, extra={"top_k": 5}),
     ]
     assert len({chat.identity for chat in [one, *others]}) == 4
+
+
+def test_yaml_chooses_a_chat_by_class_path_and_saves_no_key(server, monkeypatch, tmp_path):
+    monkeypatch.setenv("LACE_TEST_KEY", KEY)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--chat", type=ChatModel)
+    text = f"""
+chat:
+  class_path: lace_lightning.synthesis.chats.CachedChat
+  init_args:
+    path: {tmp_path / "c"}
+    chat:
+      class_path: lace_lightning.synthesis.chats.OpenAIChat
+      init_args: {{model: tiny, base_url: "{server.url}", api_key_env: LACE_TEST_KEY}}
+"""
+    config = parser.parse_string(text)
+    assert parser.instantiate(config).chat.ask([question("x")])[0].text == "echo: x"
+    assert "LACE_TEST_KEY" in parser.dump(config) and KEY not in parser.dump(config)
+    assert KEY.encode() not in (tmp_path / "c").read_bytes()
 
 
 # ---------------------------------------------------------------- signals

@@ -175,7 +175,8 @@ def test_sampled_tokens_follow_the_models_distribution(untrained):
     chat = HuggingFaceChat(untrained, batch_size=500)
     replies = chat.ask([question("x", seed=seed, max_tokens=1) for seed in range(2000)])
     ids = torch.tensor([chat._encode(question("x"))])
-    probs = AutoModelForCausalLM.from_pretrained(untrained)(ids).logits[0, -1].softmax(-1)
+    with torch.no_grad():
+        probs = AutoModelForCausalLM.from_pretrained(untrained)(ids).logits[0, -1].softmax(-1)
     likeliest = int(probs.argmax())
     letter = byte_tokenizer().decode([likeliest], skip_special_tokens=True)
     alike = [i for i in range(len(probs)) if byte_tokenizer().decode([i], skip_special_tokens=True) == letter]
