@@ -126,3 +126,11 @@ def test_greedy_policies_ignore_seeds(policy):
     )
     first, second = (greedy.play(PROBLEMS[:1], [seed], num_threads=1).groups[0] for seed in (1, 2))
     assert first.threads == second.threads
+
+
+def test_each_group_stops_where_its_own_prompt_leaves_no_more_room(policy):
+    """Prompts of several lengths in one batch, and threads that would go on."""
+    played = policy.play(PROBLEMS, SEEDS, max_new_tokens=100)
+    room = [MAX_LENGTH - cost.prompt_tokens for cost in played.costs]
+    assert len(set(room)) > 1 and all(cost.columns <= most for cost, most in zip(played.costs, room, strict=True))
+    assert any(cost.columns == most for cost, most in zip(played.costs, room, strict=True))

@@ -28,7 +28,7 @@ SETTINGS = """settings (in YAML; docs/evaluation.md has all of them):
   seeds, batch_size, reference, embedder, gates, tracking
 
 examples:
-  lace eval --config configs/eval/tiny.yaml
+  lace eval --config configs/eval/puzzles.yaml --config configs/eval/benchmarks/doors.yaml
   lace eval --config my_models.yaml --config configs/eval/benchmarks/gsm8k.yaml --output=runs/eval/gsm8k
   lace eval --config my_models.yaml --config configs/eval/benchmarks/aime24.yaml \\
       --benchmarks.aime24.problems=data/aime2024.jsonl --seeds=[0,1,2]
@@ -70,8 +70,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="lace eval",
         usage="lace eval --config FILE [--config FILE …] [--name.of.setting=value …]\n"
         "       lace eval report FOLDER [--reference METHOD]",
-        description="Run methods (LACE, voting, judging, …) on the same problems and compare them at equal tokens and "
-        "at equal seconds. Later configs and options win over earlier ones; mappings are merged.",
+        description="Run methods (LACE, voting, judging, …) on the same problems and compare them at\nequal tokens and "
+        "at equal seconds. Later configs and options win over earlier\nones; mappings are merged.",
         epilog=SETTINGS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
