@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # torch 2.11's compiler hashes what it calls, before its fields are there
 class Rotation:
     """By how much each position of one pass is turned: made once, for queries and keys of all layers.
 
