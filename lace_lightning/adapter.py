@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lace_lightning.exchange import ExchangeConfig
+from lace_lightning.whole_file import whole_file, write_text
 
 if TYPE_CHECKING:
     from lace_lightning.threaded_lm import ThreadedLM
@@ -23,12 +23,9 @@ def save_exchange(model: ThreadedLM, folder: Path) -> None:
     """Write both files; each appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.exchanges.state_dict().items()}
-    partial = folder / (WEIGHTS + ".partial")
-    save_file(tensors, partial)
-    os.replace(partial, folder / WEIGHTS)
-    partial = folder / (SETTINGS + ".partial")
-    partial.write_text(json.dumps(_settings(model), indent=2) + "\n")
-    os.replace(partial, folder / SETTINGS)
+    with whole_file(folder / WEIGHTS) as unfinished:
+        save_file(tensors, unfinished)
+    write_text(folder / SETTINGS, json.dumps(_settings(model), indent=2) + "\n")
 
 
 def load_exchange(model: ThreadedLM, folder: Path) -> None:

@@ -172,7 +172,7 @@ def test_a_record_is_named_by_theme_shape_and_hardware(tmp_path):
         written = Record(tmp_path, "decode", [], {}, machine, shape)
         written.add({"threads": 1})
         assert written.path.name.startswith(f"decode_{name}_nvidia-h200_20")
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".*"))
     assert all(json.loads(path.read_text())["cells"] == [{"threads": 1}] for path in tmp_path.iterdir())
     assert len(read_records(tmp_path)) == 3
 

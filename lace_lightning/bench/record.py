@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from lace_lightning.whole_file import write_text
 
 SCHEMA = 1
 """Version of the files' layout: `table.py` and `report.py` read this one."""
@@ -53,9 +54,7 @@ class Record:
     def add(self, cell: dict[str, Any]) -> None:
         """Append a finished cell and write the file: a run that is stopped keeps what it has."""
         self.content["cells"].append(cell)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.content, indent=1) + "\n")
-        os.replace(partial, self.path)
+        write_text(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:

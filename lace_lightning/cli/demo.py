@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lace_lightning.cli.demo_plan import FINAL, LANES, PRETRAIN, Step
+from lace_lightning.whole_file import write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,7 +56,7 @@ def run(argv: Sequence[str]) -> int:
         print(f"lace demo: stopped; what was done so far is in {options.folder}", file=sys.stderr)
         return 130
     summary = summarise(options.folder, options.seed, seconds | {"total": time.perf_counter() - start})
-    _write(options.folder / "summary.json", summary)
+    write_text(options.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     _show(summary, options.folder, console)
     return 0
 
@@ -228,12 +229,6 @@ def conclude(summary: dict[str, Any]) -> str:
         f"The talking threads found the prize in {found:.1%} of the puzzles, which no threads that cannot read each "
         f"other could ({ceiling:.1%} at best): they talk. In {chosen:.1%} they also agreed on which of them had it."
     )
-
-
-def _write(path: Path, summary: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(partial, path)
 
 
 def _show(summary: dict[str, Any], folder: Path, console: Console) -> None:

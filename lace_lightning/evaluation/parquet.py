@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lace_lightning.evaluation.judged import JudgedOutcome, to_json
+from lace_lightning.whole_file import whole_file
 
 ROWS_PER_GROUP = 256
 _JSON = ("facts", "notes", "statistics")
@@ -38,11 +38,10 @@ def _schema() -> pa.Schema:
 
 def write_parquet(records: Iterable[JudgedOutcome], path: str | Path) -> None:
     """Write the outcomes; the file appears whole or not at all."""
-    partial, schema, rows = Path(f"{path}.partial"), _schema(), map(_row, records)
-    with pq.ParquetWriter(partial, schema) as writer:
+    schema, rows = _schema(), map(_row, records)
+    with whole_file(Path(path)) as unfinished, pq.ParquetWriter(unfinished, schema) as writer:
         while chunk := list(islice(rows, ROWS_PER_GROUP)):
             writer.write_table(pa.Table.from_pylist(chunk, schema))
-    os.replace(partial, path)
 
 
 def _row(record: JudgedOutcome) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lace_lightning.evaluation.judged import JudgedOutcome, Key, from_json, to_json
+from lace_lightning.whole_file import write_text
 
 OUTCOMES, ERRORS, SETTINGS = "outcomes.jsonl", "errors.jsonl", "evaluation.json"
 _BLOCK = 1 << 20
@@ -174,9 +175,7 @@ def _agree(folder: Path, settings: Mapping[str, Mapping[str, Any]], display: Map
                 "or that entry another name"
             )
         merged[section] = known | entries
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, json.dumps(merged, indent=2) + "\n")
 
 
 def _difference(then: Any, now: Any, name: str = "") -> str:

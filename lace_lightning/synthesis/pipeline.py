@@ -19,13 +19,14 @@ from lace_lightning.synthesis.difficulty import DifficultyOptions, measure
 from lace_lightning.synthesis.judging import JudgingOptions, rank
 from lace_lightning.synthesis.problems import ProblemOptions, collect, fingerprint, shard_of
 from lace_lightning.synthesis.publish import publish
-from lace_lightning.synthesis.rows import Row, describe, write_text
+from lace_lightning.synthesis.rows import Row, describe
 from lace_lightning.synthesis.sampling import SamplingOptions, sample
 from lace_lightning.synthesis.solver import Solver
 from lace_lightning.synthesis.teacher import Teacher
 from lace_lightning.synthesis.work_folder import Outcome, WorkFolder
 from lace_lightning.tasks import Task
 from lace_lightning.traces.reading import write_traces
+from lace_lightning.whole_file import write_text
 
 STAGES = ("problems", "difficulty", "sampling", "compression", "judging", "assembly")
 _SHARD = re.compile(r"shard-(\d+)-of-(\d+)")
@@ -196,8 +197,8 @@ class Synthesis:
         made_with["problems"] = fingerprint(self.problems)
         counter = TokenCounter(self.compression.tokenizer)
         card = make_card(outcomes, traces, self.teacher, self._embedder, counter, self.prices, made_with)
-        write_text(json.dumps(card, ensure_ascii=False, indent=1) + "\n", folder.path / "card.json")
-        write_text(to_markdown(card, Path(self.folder).name), folder.path / "card.md")
+        write_text(folder.path / "card.json", json.dumps(card, ensure_ascii=False, indent=1) + "\n")
+        write_text(folder.path / "card.md", to_markdown(card, Path(self.folder).name))
         if publishes and self.tracking_uri is not None:
             publish(card, folder.path, Path(self.folder).name, self.tracking_uri, self.experiment_name)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from lace_lightning.traces.schema import Problem
+from lace_lightning.whole_file import write_text
 
 Row = dict[str, Any]
 """One problem on its way through the stages: ``position`` (its place in the problems stage), ``problem``, and what the
@@ -36,17 +36,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def write_rows(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     """Write JSON lines; the file appears whole or not at all."""
-    write_text("".join(map(to_line, rows)), path)
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write UTF-8 text; the file appears whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(text, encoding="utf-8", newline="")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_text(path, "".join(map(to_line, rows)))
 
 
 def problem_of(row: Row) -> Problem:

@@ -13,7 +13,8 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lace_lightning.synthesis.rows import Row, digest, read_rows, to_line, write_rows, write_text
+from lace_lightning.synthesis.rows import Row, digest, read_rows, to_line, write_rows
+from lace_lightning.whole_file import write_text
 
 Work = Callable[[Sequence[Row]], Iterable[Row]]
 """A stage's work: rows in; of each, one row out as soon as it is done, in any order."""
@@ -86,7 +87,7 @@ class WorkFolder:
         write_rows(outcome.kept, self._file(name, "jsonl"))
         counts = {"kept": len(outcome.kept), "removed": len(outcome.removed)}
         manifest = {"settings": digest(settings), "input": digest(rows), **counts, "made_with": settings}
-        write_text(json.dumps(manifest, ensure_ascii=False, indent=1) + "\n", self._file(name, "json"))
+        write_text(self._file(name, "json"), json.dumps(manifest, ensure_ascii=False, indent=1) + "\n")
 
     def outcome(self, name: str) -> Outcome:
         """The kept outcome of a stage.

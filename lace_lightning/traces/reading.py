@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from lace_lightning.traces.columns import Columns
 from lace_lightning.traces.schema import Problem, Tag, Trace, TraceThread
+from lace_lightning.whole_file import whole_file
 
 OnBad = Literal["error", "skip"]
 """What a bad row does: end the reading, or be left out and counted in a warning."""
@@ -93,15 +94,11 @@ def write_traces(traces: Iterable[Trace], path: str | Path) -> None:
     path = Path(path)
     suffix = _suffix(path, "path")
     rows = (_row(trace) for trace in traces)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as unfinished:
         if suffix == ".parquet":
             _write_parquet(rows, unfinished)
         else:
             _write_jsonl(rows, unfinished, compress=suffix == ".jsonl.gz")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def parse_problem(row: object) -> Problem:
