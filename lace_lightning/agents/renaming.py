@@ -1,0 +1,42 @@
+"""The same game under other names: foods and ways of cutting go by each other's names throughout a trace."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from random import Random
+
+from lace_lightning.agents.wording import CUTTING
+from lace_lightning.traces.schema import Trace, TraceThread
+
+
+def rename(trace: Trace, foods: Sequence[str], rng: Random) -> Trace:
+    """A trace of an equal game in which names are exchanged at random, consistently in prompt and threads.
+
+    Args:
+        trace: the trace.
+        foods: names that stand for foods; no other name may hold one of them as words of its own.
+        rng: draws the exchange.
+    """
+    names = _exchange(foods, rng) | _exchange(list(CUTTING.values()), rng)
+    # the longest first: "pepper" must not be found inside "black pepper"
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + r")\b")
+    spell = lambda text: pattern.sub(lambda match: names[match[0]], text)  # noqa: E731
+    problem = replace(trace.problem, text=spell(trace.problem.text))
+    return Trace(problem, tuple(_respell(thread, spell) for thread in trace.threads))
+
+
+def _exchange(names: Sequence[str], rng: Random) -> dict[str, str]:
+    return dict(zip(names, rng.sample(list(names), len(names)), strict=True))
+
+
+def _respell(thread: TraceThread, spell) -> TraceThread:
+    text, forced, position = "", [], 0
+    for start, end in thread.forced:
+        text += spell(thread.text[position:start])
+        observed = spell(thread.text[start:end])
+        forced.append((len(text), len(text) + len(observed)))
+        text += observed
+        position = end
+    return replace(thread, text=text + spell(thread.text[position:]), forced=tuple(forced))
