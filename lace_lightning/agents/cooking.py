@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lace_lightning.agents.cooking_games import CookingGames, Skills, food_names, vocabulary
+from lace_lightning.agents.cooking_games import CookingGames, Skills, all_names, food_names
 from lace_lightning.agents.environment import Framing, GameEnvironment
 from lace_lightning.agents.game import Status, last_standing, standing_word
 from lace_lightning.agents.oracle import ACT, READ, play_together, tags, trace_thread
@@ -69,7 +69,7 @@ class TextWorldCooking(WordPuzzle):
         self.num_games = num_games
         self.framing = Framing()
         standings = [standing_word(score, status) for score in range(MAX_POINTS + 1) for status in Status]
-        words = {*WORDS, *vocabulary(), READ, ACT, "turns", *map(str, range(MAX_LIMIT + 1))}
+        words = {*WORDS, *all_names(), READ, ACT, "turns", *map(str, range(MAX_LIMIT + 1))}
         super().__init__([self.framing.begin, self.framing.end, *sorted(words), *standings], seed)
 
     def problem(self, index: int, split: str = "train") -> Problem:
@@ -88,8 +88,8 @@ class TextWorldCooking(WordPuzzle):
     def trace(self, index: int, num_threads: int, split: str = "train") -> Trace:
         """Threads of :func:`play_together`, in a game whose foods and cuts go by each other's names.
 
-        Names are exchanged at random in every trace, so that a recipe can be known only from the cookbook. Never shuffle
-        the threads afterwards: index decides who reads.
+        Names are exchanged at random in every trace, so that a recipe can be known only from the cookbook. Never
+        shuffle the threads afterwards: index decides who reads.
         """
         problem, rng = self.problem(index, split), self._random(split, index, num_threads)
         game = self.games.open(problem.facts["game"])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lace_lightning.agents.game import Game, Status, Turn
-from lace_lightning.agents.wording import Fact, answer
+from lace_lightning.agents.wording import READING, Fact, answer, one_word
 
 if TYPE_CHECKING:
     from textworld import GameState
@@ -95,6 +95,10 @@ class CookingGames:
 class CookingGame(Game):
     """One game, with a memory of what it answered to whom.
 
+    Attributes:
+        solution: commands that win: TextWorld's own walkthrough without a look at recipe or inventory.
+        ingredients: (name, cooking, cutting) of what the recipe asks for.
+
     Args:
         path: JSON file that TextWorld wrote. It is parsed as data; nothing in it is run.
     """
@@ -103,17 +107,18 @@ class CookingGame(Game):
         import textworld
 
         infos = textworld.EnvInfos(score=True, won=True, lost=True, facts=True, admissible_commands=True)
-        infos.policy_commands = infos.max_score = True
-        infos.extras = ["ingredients"]
+        infos.max_score = True
+        infos.extras = ["ingredients", "walkthrough"]
         self._env = textworld.start(str(path), infos)
         self._at: tuple[str, ...] | None = None  # the commands that the engine has taken
         self._state: GameState
         self._turns: dict[tuple[str, ...], Turn] = {}
         start = self._go_to(())
         self.max_score = int(start["max_score"])
-        self.solution: tuple[str, ...] = tuple(start["policy_commands"])
-        self.ingredients = [(str(name), str(cooking), str(cutting)) for name, cooking, cutting in start["extra.ingredients"]]
-        self._turns[()] = self._turn("look", True, start)
+        self._names = _Names(fact_name for fact in _facts(start) for fact_name in fact.of)
+        self.ingredients = [(one_word(name), cooking, cutting) for name, cooking, cutting in start["extra.ingredients"]]
+        self._turns[()] = self._turn("look", start)
+        self.solution = self._shortest([self._names.to_words(command) for command in start["extra.walkthrough"]])
 
     def after(self, commands: Sequence[str]) -> Turn:
         taken: tuple[str, ...] = ()
@@ -135,8 +140,16 @@ class CookingGame(Game):
         if commands not in self._turns:
             if len(self._turns) >= MAX_TURNS:  # all that another thread's way needs is worked out again
                 self._turns = {way: self._turns[way] for way in (taken[:n] for n in range(len(taken) + 1))}
-            self._turns[commands] = self._turn(command, True, self._go_to(commands))
+            self._turns[commands] = self._turn(command, self._go_to(commands))
         return self._turns[commands]
+
+    def _shortest(self, walkthrough: Sequence[str]) -> tuple[str, ...]:
+        """The walkthrough without the commands that a winner who knows the recipe can leave out."""
+        for idle in (("inventory", READING, "drop knife"), ("inventory", READING)):
+            ways = tuple(command for command in walkthrough if command not in idle)
+            if self.after(ways).status == Status.WON:
+                return ways
+        return tuple(walkthrough)
 
     def _go_to(self, commands: tuple[str, ...]) -> GameState:
         """Bring the engine there: one step if it stands just before, else from the start."""
@@ -144,15 +157,31 @@ class CookingGame(Game):
             self._state = self._env.reset()
             self._at = ()
         for command in commands[len(self._at) :]:
-            self._state, _, _ = self._env.step(command)
+            self._state, _, _ = self._env.step(self._names.from_words(command))
         self._at = commands
         return self._state
 
-    def _turn(self, command: str, is_taken: bool, state: GameState) -> Turn:
+    def _turn(self, command: str, state: GameState) -> Turn:
         status = Status.WON if state["won"] else Status.LOST if state["lost"] else Status.RUNNING
-        text = answer(command, is_taken, _facts(state), self.ingredients)
-        admissible = () if status else tuple(state["admissible_commands"])
-        return Turn(text, int(state.get("score") or 0), status, admissible)
+        facts = [Fact(fact.name, tuple(map(one_word, fact.of))) for fact in _facts(state)]
+        admissible = () if status else tuple(map(self._names.to_words, state["admissible_commands"]))
+        return Turn(answer(command, True, facts, self.ingredients), int(state.get("score") or 0), status, admissible)
+
+
+class _Names:
+    """A game's names of several words, which threads know as one word."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        longest_first = sorted({name for name in names if " " in name}, key=len, reverse=True)
+        self._words = {name: one_word(name) for name in longest_first}
+
+    def to_words(self, command: str) -> str:
+        for name, word in self._words.items():
+            command = command.replace(name, word)
+        return command
+
+    def from_words(self, command: str) -> str:
+        return " ".join({word: name for name, word in self._words.items()}.get(part, part) for part in command.split())
 
 
 def _facts(state: GameState) -> list[Fact]:
@@ -175,8 +204,8 @@ def _make(skills: Skills, seed: int, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def vocabulary() -> list[str]:
-    """Every word of a name or a command in any cooking game."""
+def all_names() -> list[str]:
+    """Every name of a thing, a room or a door in any cooking game, as one word each."""
     from textworld.challenges.tw_cooking import cooking
 
     names: Iterable[str] = [
@@ -185,11 +214,11 @@ def vocabulary() -> list[str]:
         *(room for rooms in cooking.ROOMS for room in rooms),
         *(name for door in cooking.DOORS for name in door["names"]),
     ]
-    return sorted({word for name in names for word in name.split()})
+    return sorted({one_word(name) for name in names})
 
 
 def food_names() -> list[str]:
-    """All foods that a game may hold."""
+    """All foods that a game may hold, as one word each."""
     from textworld.challenges.tw_cooking import cooking
 
-    return sorted(cooking.FOODS)
+    return sorted(map(one_word, cooking.FOODS))

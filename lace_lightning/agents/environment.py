@@ -102,7 +102,7 @@ class _Seat:
         self._own.append(token)
         if self._status != Status.RUNNING or self._framing.end not in _piece(token, self._tokenizer):
             return
-        command = self._framing.command(self._tokenizer.decode(list(self._own)))
+        command = self._framing.command(str(self._tokenizer.decode(list(self._own))))
         if command is not None:
             self._own.clear()
             self._answer.extend(self._tokenizer.encode(self._play(command), add_special_tokens=False))

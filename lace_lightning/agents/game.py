@@ -66,11 +66,11 @@ class Game(ABC):
 
 
 _UNSAFE = re.compile(r"[^\w\s.,:!?'()=+/-]|_")
-_STANDING = re.compile(r"\[(\d{1,6})(?::(won|lost|over))?\]")
+_STANDING = re.compile(r"\[([0-9]{1,6})(?::(won|lost|over))?\]")
 
 
 def spell(text: str, score: int, status: Status) -> str:
-    """An observation as it is written into a thread: plain text of bounded length, then ``[score]`` or ``[score:status]``.
+    """An observation as it is written into a thread: plain text of bounded length, then the standing.
 
     The game's own text loses brackets and all signs that open an assessment, a command or a special token.
     """

@@ -9,11 +9,10 @@ from random import Random
 from lace_lightning.agents.cooking_games import CookingGame
 from lace_lightning.agents.environment import Framing
 from lace_lightning.agents.game import Standing, Status, spell, standing_word
-from lace_lightning.agents.wording import COOKING, CUTTING
+from lace_lightning.agents.wording import COOKING, CUTTING, READING
 from lace_lightning.traces.schema import Tag, TraceThread
 
 READ, ACT = "read", "act"
-READING = "examine cookbook"
 READS = 0.75
 """Probability that a thread of several proposes to read: all four decline in one group of 256."""
 PLACES = ("stove", "oven")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from random import Random
 
@@ -16,13 +16,14 @@ def rename(trace: Trace, foods: Sequence[str], rng: Random) -> Trace:
 
     Args:
         trace: the trace.
-        foods: names that stand for foods; no other name may hold one of them as words of its own.
+        foods: names of foods, one word each.
         rng: draws the exchange.
     """
     names = _exchange(foods, rng) | _exchange(list(CUTTING.values()), rng)
-    # the longest first: "pepper" must not be found inside "black pepper"
-    pattern = re.compile(r"\b(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + r")\b")
-    spell = lambda text: pattern.sub(lambda match: names[match[0]], text)  # noqa: E731
+
+    def spell(text: str) -> str:
+        return re.sub(r"\S+", lambda word: names.get(word[0], word[0]), text)
+
     problem = replace(trace.problem, text=spell(trace.problem.text))
     return Trace(problem, tuple(_respell(thread, spell) for thread in trace.threads))
 
@@ -31,7 +32,7 @@ def _exchange(names: Sequence[str], rng: Random) -> dict[str, str]:
     return dict(zip(names, rng.sample(list(names), len(names)), strict=True))
 
 
-def _respell(thread: TraceThread, spell) -> TraceThread:
+def _respell(thread: TraceThread, spell: Callable[[str], str]) -> TraceThread:
     text, forced, position = "", [], 0
     for start, end in thread.forced:
         text += spell(thread.text[position:start])

@@ -1,7 +1,7 @@
 """Short words for what a player perceives, from the facts of TextWorld's logic.
 
 TextWorld tells its stories only through compiled games, in sentences far too long for a model of a puzzle's size. The
-facts are the same.
+facts are the same. A name is one word here: ``red-onion``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+READING = "examine cookbook"
 NOTHING, REFUSED, DONE = "nothing", "no", "ok"
 DIRECTIONS = ("north", "south", "east", "west")
 STATES = ("raw", "fried", "roasted", "grilled", "burned", "uncut", "chopped", "sliced", "diced")
@@ -32,6 +33,11 @@ class Fact(NamedTuple):
 Ingredient = tuple[str, str, str]
 
 
+def one_word(name: str) -> str:
+    """A name as threads read and write it."""
+    return name.replace(" ", "-")
+
+
 def answer(command: str, is_taken: bool, facts: Sequence[Fact], recipe: Sequence[Ingredient]) -> str:
     """What the player perceives after a command that the game took or refused.
 
@@ -44,7 +50,7 @@ def answer(command: str, is_taken: bool, facts: Sequence[Fact], recipe: Sequence
     verb, _, what = command.partition(" ")
     if not is_taken:
         return REFUSED
-    if command == "examine cookbook":
+    if command == READING:
         return " , ".join(_ingredient(*ingredient) for ingredient in recipe)
     if verb in ("look", "go"):
         return room(facts)
@@ -58,14 +64,16 @@ def answer(command: str, is_taken: bool, facts: Sequence[Fact], recipe: Sequence
 
 
 def room(facts: Sequence[Fact]) -> str:
-    """What stands where in the player's room, and its exits: ``kitchen counter : cookbook , knife table : nothing``."""
+    """What is where in the player's room, and its exits: ``kitchen : knife table , fridge closed exits north``."""
     here = next(fact.of[1] for fact in facts if fact.name == "at" and fact.of[0] == "P")
     closed = {fact.of[0] for fact in facts if fact.name == "closed"}
-    parts = [here]
+    seen: list[str] = []
     for place in (fact.of[0] for fact in facts if fact.name == "at" and fact.of[0] != "P" and fact.of[1] == here):
-        parts.append(f"{place} : {'closed' if place in closed else _list(_held(place, facts))}")
+        held = [] if place in closed else _held(place, facts)
+        seen += [f"{name} {place}" for name in held] or [f"{place} closed" if place in closed else place]
     ways = [direction for fact in facts for direction in DIRECTIONS if fact == (f"{direction}_of", (fact.of[0], here))]
-    return " ".join([*parts, "exits", *ways] if ways else parts)
+    text = f"{here} : {_list(seen)}"
+    return " ".join([text, "exits", *ways] if ways else [text])
 
 
 def _held(place: str, facts: Sequence[Fact]) -> list[str]:
