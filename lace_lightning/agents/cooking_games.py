@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -195,7 +196,9 @@ def _make(skills: Skills, seed: int, path: Path) -> None:
 
     options: Any = GameOptions()
     options.seeds = seed
-    game = cooking.make({**skills._asdict(), "recipe_seed": seed, "split": None}, options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TextWorld plays the walkthrough in an interpreter that does not know the game
+        game = cooking.make({**skills._asdict(), "recipe_seed": seed, "split": None}, options)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.json")  # so that a game in the folder is always whole
     try:
         game.save(str(temporary))
