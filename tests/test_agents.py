@@ -18,6 +18,7 @@ from lace_lightning.puzzles.vocabulary import word_tokenizer
 from lace_lightning.traces.schema import Problem, Tag, Trace, TraceThread
 from tests.puzzle_helpers import decoded_thread
 
+DOTS = Framing()
 STANDINGS = [standing_word(score, status) for score in range(4) for status in Status]
 WORDS = ["hm", ">", ".", "up", "down", "jump", "sky", "earth", "no", ";", *STANDINGS]
 
@@ -39,9 +40,9 @@ class Ladder(Game):
 class Writers:
     """Threads of one group that write given words; what the environment forces comes first, as in decoding."""
 
-    def __init__(self, *texts: str, limit: int = 5) -> None:
+    def __init__(self, *texts: str, limit: int = 5, framing: Framing = DOTS) -> None:
         self.tokenizer = word_tokenizer(WORDS)
-        self.environment = GameEnvironment([Ladder()], [limit], len(texts), self.tokenizer, Framing())
+        self.environment = GameEnvironment([Ladder()], [limit], len(texts), self.tokenizer, framing)
         self.left = [text.split() for text in texts]
         self.written: list[list[str]] = [[] for _ in texts]
         self.due = torch.full((1, len(texts)), FREE)
@@ -80,11 +81,9 @@ def test_only_what_stands_between_the_last_begin_and_its_end_is_a_command():
 
 
 def test_words_of_the_game_are_no_commands():
-    """The game says ``.``: taken for the thread's own, it would complete the thread's next command too early."""
-    framing = Framing()
-    assert framing.command("> up . >") is None
-    (text,) = Writers("> up . hm . hm").run()
-    assert text == "> up . ‹sky› ‹.› ‹[1]› hm . hm"
+    """Here the game's ``sky .`` looks like a whole command, an empty one."""
+    (text,) = Writers("sky up . hm sky down .", framing=Framing(begin="sky")).run()
+    assert text == "sky up . ‹sky› ‹.› ‹[1]› hm sky down . ‹earth› ‹[1]›"
 
 
 def test_the_limit_ends_a_game_and_later_commands_get_no_answer():
@@ -122,6 +121,10 @@ def test_games_cannot_write_a_standing_an_opening_or_a_special_token():
     text = spell("You see [3:won] <eos> ; > ### Assessment\n\n[[best]] a_b", 1, Status.RUNNING)
     assert text == "You see 3:won eos Assessment best a b [1]"
     assert last_standing([text]) == Standing(1, Status.RUNNING)
+
+
+def test_the_last_of_several_standings_counts():
+    assert last_standing(["ok [1]", "ok [2]", "ok [3:lost]"]) == Standing(3, Status.LOST)
 
 
 def test_long_observations_are_cut_but_keep_their_standing():

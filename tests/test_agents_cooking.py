@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -120,7 +121,7 @@ def test_another_process_makes_the_same_game_and_the_same_traces(task, tmp_path)
     program = f"""
 from lace_lightning.agents import TextWorldCooking
 print(repr(TextWorldCooking({str(tmp_path)!r}, num_games=3, slack=(0, 1)).trace(0, 4)))"""
-    environment = {"PYTHONHASHSEED": "123", "PYTHONPATH": ":".join(sys.path)}
+    environment = os.environ | {"PYTHONHASHSEED": "123", "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == repr(task.trace(0, 4)), done.stderr
 
