@@ -1,4 +1,4 @@
-"""TextWorld's cooking games: made once from a seed, kept as JSON, played by TextWorld's own logic."""
+"""TextWorld's cooking games: made once from a seed and kept as JSON."""
 
 from __future__ import annotations
 
@@ -7,21 +7,16 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from lace_lightning.agents.game import Game, Status, Turn
-from lace_lightning.agents.wording import READING, Fact, answer, one_word
-
-if TYPE_CHECKING:
-    from textworld import GameState
+from lace_lightning.agents.cooking_game import CookingGame
+from lace_lightning.agents.wording import one_word
 
 log = logging.getLogger(__name__)
 
-MAX_TURNS = 10_000
-"""Answers that one game remembers."""
 OPEN_GAMES = 128
 """Games of one folder that are held in memory."""
 
@@ -91,103 +86,6 @@ class CookingGames:
                 f"game={name!r} is not in folder={str(self.folder)!r}: give the folder that it was made in"
             )
         return self._open(name)
-
-
-class CookingGame(Game):
-    """One game, with a memory of what it answered to whom.
-
-    Attributes:
-        solution: commands that win: TextWorld's own walkthrough without a look at recipe or inventory.
-        ingredients: (name, cooking, cutting) of what the recipe asks for.
-
-    Args:
-        path: JSON file that TextWorld wrote. It is parsed as data; nothing in it is run.
-    """
-
-    def __init__(self, path: Path) -> None:
-        import textworld
-
-        infos = textworld.EnvInfos(score=True, won=True, lost=True, facts=True, admissible_commands=True)
-        infos.max_score = True
-        infos.extras = ["ingredients", "walkthrough"]
-        self._env = textworld.start(str(path), infos)
-        self._at: tuple[str, ...] | None = None  # the commands that the engine has taken
-        self._state: GameState
-        self._turns: dict[tuple[str, ...], Turn] = {}
-        start = self._go_to(())
-        self.max_score = int(start["max_score"])
-        self._names = _Names(fact_name for fact in _facts(start) for fact_name in fact.of)
-        self.ingredients = [(one_word(name), cooking, cutting) for name, cooking, cutting in start["extra.ingredients"]]
-        self._turns[()] = self._turn("look", start)
-        self.solution = self._shortest([self._names.to_words(command) for command in start["extra.walkthrough"]])
-
-    def after(self, commands: Sequence[str]) -> Turn:
-        taken: tuple[str, ...] = ()
-        turn = self._turns[()]
-        for command in commands:
-            turn = self._next(taken, command)
-            if command in self._turns[taken].admissible:
-                taken = (*taken, command)
-        return turn
-
-    def _next(self, taken: tuple[str, ...], command: str) -> Turn:
-        """The answer to ``command`` after the admissible commands ``taken``, whose own answer is remembered."""
-        before = self._turns[taken]
-        if before.status != Status.RUNNING:
-            return Turn("", before.score, before.status)
-        if command not in before.admissible:
-            return Turn(answer(command, False, (), ()), before.score, before.status, before.admissible)
-        commands = (*taken, command)
-        if commands not in self._turns:
-            if len(self._turns) >= MAX_TURNS:  # all that another thread's way needs is worked out again
-                self._turns = {way: self._turns[way] for way in (taken[:n] for n in range(len(taken) + 1))}
-            self._turns[commands] = self._turn(command, self._go_to(commands))
-        return self._turns[commands]
-
-    def _shortest(self, walkthrough: Sequence[str]) -> tuple[str, ...]:
-        """The walkthrough without the commands that a winner who knows the recipe can leave out."""
-        for idle in (("inventory", READING, "drop knife"), ("inventory", READING)):
-            ways = tuple(command for command in walkthrough if command not in idle)
-            if self.after(ways).status == Status.WON:
-                return ways
-        return tuple(walkthrough)
-
-    def _go_to(self, commands: tuple[str, ...]) -> GameState:
-        """Bring the engine there: one step if it stands just before, else from the start."""
-        if self._at is None or commands[:-1] != self._at or not commands:
-            self._state = self._env.reset()
-            self._at = ()
-        for command in commands[len(self._at) :]:
-            self._state, _, _ = self._env.step(self._names.from_words(command))
-        self._at = commands
-        return self._state
-
-    def _turn(self, command: str, state: GameState) -> Turn:
-        status = Status.WON if state["won"] else Status.LOST if state["lost"] else Status.RUNNING
-        facts = [Fact(fact.name, tuple(map(one_word, fact.of))) for fact in _facts(state)]
-        admissible = () if status else tuple(map(self._names.to_words, state["admissible_commands"]))
-        return Turn(answer(command, True, facts, self.ingredients), int(state.get("score") or 0), status, admissible)
-
-
-class _Names:
-    """A game's names of several words, which threads know as one word."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        longest_first = sorted({name for name in names if " " in name}, key=len, reverse=True)
-        self._words = {name: one_word(name) for name in longest_first}
-
-    def to_words(self, command: str) -> str:
-        for name, word in self._words.items():
-            command = command.replace(name, word)
-        return command
-
-    def from_words(self, command: str) -> str:
-        return " ".join({word: name for name, word in self._words.items()}.get(part, part) for part in command.split())
-
-
-def _facts(state: GameState) -> list[Fact]:
-    """In an order that does not depend on the process (TextWorld keeps sets)."""
-    return sorted(Fact(fact.name, tuple(argument.name for argument in fact.arguments)) for fact in state["facts"])
 
 
 def _make(skills: Skills, seed: int, path: Path) -> None:

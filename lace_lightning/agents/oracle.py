@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-from lace_lightning.agents.cooking_games import CookingGame
+from lace_lightning.agents.cooking_game import CookingGame
 from lace_lightning.agents.environment import Framing
 from lace_lightning.agents.game import Standing, Status, spell, standing_word
 from lace_lightning.agents.wording import COOKING, CUTTING, READING
