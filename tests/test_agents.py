@@ -197,7 +197,7 @@ def test_renaming_keeps_what_the_game_wrote_in_its_spans_and_exchanges_whole_nam
     text = "read > chop red-onion with knife . red-onion ok [1]"
     start = text.index("red-onion ok")
     thread = TraceThread(text, "[1]", Tag.BEST, forced=((start, len(text)),))
-    trace = Trace(Problem("a", "counter : onion , red-onion", ""), (thread,))
+    trace = Trace(Problem("a", "onion counter , red-onion table", ""), (thread,))
     names = {"onion", "red-onion", "black-pepper"}
     seen = set()
     for seed in range(40):
@@ -208,7 +208,8 @@ def test_renaming_keeps_what_the_game_wrote_in_its_spans_and_exchanges_whole_nam
         cut = own.text.split()[2]
         assert red in names and cut in ("chop", "slice", "dice")
         assert own.text == f"read > {cut} {red} with knife . {red} ok [1]"
-        plain, other = renamed.problem.text.removeprefix("counter : ").split(" , ")
+        (plain, one), (other, place) = (thing.split() for thing in renamed.problem.text.split(" , "))
         assert other == red and plain in names - {red}
-        seen.add((plain, red, cut))
+        assert {one, place} < {"counter", "fridge", "table"} and one != place
+        seen.add((plain, red, cut, place))
     assert len(seen) > 10

@@ -86,7 +86,7 @@ class TextWorldCooking(WordPuzzle):
         )
 
     def trace(self, index: int, num_threads: int, split: str = "train") -> Trace:
-        """Threads of :func:`play_together`, in a game whose foods and cuts go by each other's names.
+        """Threads of :func:`play_together`, in a game whose foods, cuts and places go by each other's names.
 
         Names are exchanged at random in every trace, so that a recipe can be known only from the cookbook. Never
         shuffle the threads afterwards: index decides who reads.

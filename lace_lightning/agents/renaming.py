@@ -1,4 +1,7 @@
-"""The same game under other names: foods and ways of cutting go by each other's names throughout a trace."""
+"""The same game under other names: foods, cuts and places go by each other's names throughout a trace.
+
+A few hundred games have too few bits: a model would know by heart what to take from where, and never look.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from random import Random
 from lace_lightning.agents.wording import CUTTING
 from lace_lightning.traces.schema import Trace, TraceThread
 
+PLACES = ("counter", "fridge", "table")
+
 
 def rename(trace: Trace, foods: Sequence[str], rng: Random) -> Trace:
     """A trace of an equal game in which names are exchanged at random, consistently in prompt and threads.
@@ -19,7 +24,7 @@ def rename(trace: Trace, foods: Sequence[str], rng: Random) -> Trace:
         foods: names of foods, one word each.
         rng: draws the exchange.
     """
-    names = _exchange(foods, rng) | _exchange(list(CUTTING.values()), rng)
+    names = _exchange(foods, rng) | _exchange(list(CUTTING.values()), rng) | _exchange(PLACES, rng)
 
     def spell(text: str) -> str:
         return re.sub(r"\S+", lambda word: names.get(word[0], word[0]), text)
