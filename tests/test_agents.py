@@ -197,7 +197,7 @@ def test_renaming_keeps_what_the_game_wrote_in_its_spans_and_exchanges_whole_nam
     text = "read > chop red-onion with knife . red-onion ok [1]"
     start = text.index("red-onion ok")
     thread = TraceThread(text, "[1]", Tag.BEST, forced=((start, len(text)),))
-    trace = Trace(Problem("a", "onion counter , red-onion table", ""), (thread,))
+    trace = Trace(Problem("a", "turns 5 kitchen : onion counter , red-onion table exits east", ""), (thread,))
     names = {"onion", "red-onion", "black-pepper"}
     seen = set()
     for seed in range(40):
@@ -208,8 +208,11 @@ def test_renaming_keeps_what_the_game_wrote_in_its_spans_and_exchanges_whole_nam
         cut = own.text.split()[2]
         assert red in names and cut in ("chop", "slice", "dice")
         assert own.text == f"read > {cut} {red} with knife . {red} ok [1]"
-        (plain, one), (other, place) = (thing.split() for thing in renamed.problem.text.split(" , "))
-        assert other == red and plain in names - {red}
+        assert (room := renamed.problem.text.removeprefix("turns 5 kitchen : ").removesuffix(" exits east"))
+        things = dict(thing.split() for thing in room.split(" , "))
+        assert list(things) == sorted(things) and len(things) == 2  # as the game would tell it under these names
+        place, (plain, one) = things.pop(red), *things.items()
+        assert plain in names - {red}
         assert {one, place} < {"counter", "fridge", "table"} and one != place
         seen.add((plain, red, cut, place))
     assert len(seen) > 10

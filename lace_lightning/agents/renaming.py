@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from random import Random
 
-from lace_lightning.agents.wording import CUTTING
+from lace_lightning.agents.wording import CUTTING, in_order
 from lace_lightning.traces.schema import Trace, TraceThread
 
 PLACES = ("counter", "fridge", "table")
@@ -27,7 +27,7 @@ def rename(trace: Trace, foods: Sequence[str], rng: Random) -> Trace:
     names = _exchange(foods, rng) | _exchange(list(CUTTING.values()), rng) | _exchange(PLACES, rng)
 
     def spell(text: str) -> str:
-        return re.sub(r"\S+", lambda word: names.get(word[0], word[0]), text)
+        return in_order(re.sub(r"\S+", lambda word: names.get(word[0], word[0]), text))
 
     problem = replace(trace.problem, text=spell(trace.problem.text))
     return Trace(problem, tuple(_respell(thread, spell) for thread in trace.threads))

@@ -72,8 +72,15 @@ def room(facts: Sequence[Fact]) -> str:
         held = [] if place in closed else _held(place, facts)
         seen += [f"{name} {place}" for name in held] or [f"{place} closed" if place in closed else place]
     ways = [direction for fact in facts for direction in DIRECTIONS if fact == (f"{direction}_of", (fact.of[0], here))]
-    text = f"{here} : {_list(seen)}"
+    text = f"{here} : {_list(sorted(seen))}"
     return " ".join([text, "exits", *ways] if ways else [text])
+
+
+def in_order(text: str) -> str:
+    """The same text with the things of a room, if it describes one, in the order of their names."""
+    before, is_room, things = text.partition(" : ")
+    things, exits, ways = things.partition(" exits ")
+    return before + is_room + " , ".join(sorted(things.split(" , "))) + exits + ways
 
 
 def _held(place: str, facts: Sequence[Fact]) -> list[str]:
