@@ -37,7 +37,7 @@ class CookingGame(Game):
         self.max_score = int(start["max_score"])
         self._names = _Names(name for fact in _facts(start) for name in fact.of)
         self.ingredients = [(one_word(name), cooking, cutting) for name, cooking, cutting in start["extra.ingredients"]]
-        self._turns = {(): self._turn("look", start)}
+        self._turns: dict[Way, Turn] = {(): self._turn("look", start)}
         self.solution = self._shortest([self._names.to_words(command) for command in start["extra.walkthrough"]])
 
     def after(self, commands: Sequence[str]) -> Turn:
@@ -59,8 +59,8 @@ class CookingGame(Game):
             return Turn(answer(command, False, (), ()), before.score, before.status, before.admissible)
         way = (*taken, command)
         if way not in self._turns:
-            if len(self._turns) >= MAX_TURNS:  # what other threads' ways need is worked out again
-                self._turns = {way[:n]: self._turns[way[:n]] for n in range(len(way))}
+            if len(self._turns) >= MAX_TURNS:  # what is needed again is worked out again
+                self._turns = {(): self._turns[()]}
             self._turns[way] = self._turn(command, self._engines.at(tuple(map(self._names.from_words, way))))
         return self._turns[way]
 
