@@ -1,6 +1,7 @@
 """Lightning callbacks: they decide when; what is computed are pure functions and metrics of the library."""
 
 from lace_lightning.callbacks.diversity import DiversityMonitor
+from lace_lightning.callbacks.game_score_table import GameScoreTable
 from lace_lightning.callbacks.gates import GateMonitor
 from lace_lightning.callbacks.graceful_stop import GracefulStop
 from lace_lightning.callbacks.group_writer import GroupWriter
@@ -12,6 +13,7 @@ from lace_lightning.callbacks.validation_table import ValidationTable
 
 __all__ = [
     "DiversityMonitor",
+    "GameScoreTable",
     "GateMonitor",
     "GracefulStop",
     "GroupWriter",

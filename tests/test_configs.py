@@ -24,6 +24,8 @@ VALIDATED = ("real",)
 """Folders whose configs have nothing to train."""
 OF_OTHER_COMMANDS = ("eval", "countdown/eval", "synth")
 """Beginnings of configs that are no stage's: of `lace eval` and `lace synth`, whose own tests read them."""
+NEEDED = {"agents": "textworld"}
+"""Packages that a folder's configs need and ``dev`` does not install."""
 STAGE = ("demo/base.yaml", "demo/sft.yaml")
 
 
@@ -49,6 +51,8 @@ STAGES = [stack for stack in STACKS if stack[-1].split("/")[0] not in (*ANY_STAG
 
 def options_for(stack: tuple[str, ...]) -> list[str]:
     """``--config`` options, then what makes the run tiny and keeps it in the working directory."""
+    if package := NEEDED.get(stack[0].split("/")[0]):
+        pytest.importorskip(package, reason=f"{package} is not installed")
     tiny = {
         "trainer.accelerator": "cpu",
         "trainer.logger": "false",
