@@ -19,6 +19,7 @@ from lace_lightning.cli.eval_config import merge, parse, read_settings
 from lace_lightning.cli.main import main
 from lace_lightning.decoding import group_seed
 from lace_lightning.embedding import NgramEmbedder
+from lace_lightning.evaluation.inspection import Inspection
 from lace_lightning.evaluation.judged import from_json, to_json
 from lace_lightning.evaluation.parquet import write_parquet
 from lace_lightning.evaluation.runner import Job, Runner
@@ -60,7 +61,9 @@ def test_outcomes_hold_what_was_played_and_how_it_was_judged(tmp_path):
 
 def test_an_outcome_reads_back_as_it_was_written():
     one = judged([("8", Verdict.WRONG), (None, Verdict.UNPARSABLE)], chosen=None, confidence=0.25)
-    one = replace(one, passages=(replace(one.passages[0], gates=(0.25, 0.5, 0.125)), one.passages[1]), notes={"a": [1]})
+    reads = (((1, 0, 0.5), (2, 0, 0.25)), ((1, 1, 1.0),), ())
+    inspection = Inspection(1, ("so", " 8", "<eos>"), "tag", (0.25, 0.5, 0.125), reads)
+    one = replace(one, passages=(replace(one.passages[0], inspection=inspection), one.passages[1]), notes={"a": [1]})
     (one,) = with_statistics([one], NgramEmbedder())
     assert from_json(json.loads(json.dumps(to_json(one)))) == one
     assert one.passages[0].mean_gate == pytest.approx(0.875 / 3) and one.passages[1].mean_gate is None
