@@ -137,8 +137,8 @@ class Reading:
         cross_share: (B, N, L) share of a token's attention mass on other threads; NaN where it reads nothing.
         thread_share: (B, N, N) share of thread n's (dim 1) attention mass on thread m (dim 2), mean over its tokens.
         visible: (B, N, L) bool: the columns that take part.
-        weights: (B, Q, K) attention weights of time-major positions, mean over heads; scope ``aligned`` has (B * L, N, N).
-            None if not asked for.
+        weights: (B, Q, K) attention weights of time-major positions, mean over heads; scope ``aligned``
+            has (B * L, N, N). None if not asked for.
     """
 
     layer_idx: int

@@ -315,7 +315,9 @@
     area.addEventListener("pointerover", (event) => {
       if (event.pointerType === "mouse" && event.target.place) inspect(...event.target.place);
     });
-    area.addEventListener("pointerleave", () => { pinned ? inspect(...pinned) : forget(); });
+    area.addEventListener("pointerleave", (event) => {
+      if (!$("inspector").contains(event.relatedTarget)) pinned ? inspect(...pinned) : forget();
+    });
     area.addEventListener("click", (event) => { if (event.target.place) go(...event.target.place); });
     area.addEventListener("focusin", (event) => { if (event.target.place && String(event.target.place) !== String(here)) say(...event.target.place); });
     area.addEventListener("keydown", (event) => {
