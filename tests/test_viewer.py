@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 import re
 import zlib
@@ -31,7 +30,7 @@ from lace_lightning.viewer import viewer_page
 from lace_lightning.viewer.block import block_of
 from tests.helpers import wake
 from tests.stage_helpers import MAX_LENGTH, QWEN, UnevenDoors
-from tests.viewer_helpers import four, outcome, passage
+from tests.viewer_helpers import HOSTILE, four, island, outcome, passage
 
 REAL_TOKENIZER = Path(__file__).parents[2] / "shared/data/tokenizer"
 
@@ -171,12 +170,6 @@ def test_a_prompt_that_takes_part_is_left_out_of_reads():
 # ---------------------------------------------------------------- what the page holds
 
 
-def island(page: str) -> dict:
-    """The page's data, as its script gets it."""
-    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    return json.loads(text)
-
-
 def test_a_block_holds_the_tokens_plane_by_plane():
     record = four()
     texts: list[str] = []
@@ -255,18 +248,6 @@ def test_one_enormous_token_and_very_many_different_ones_keep_to_the_size():
 
 
 # ---------------------------------------------------------------- hostile text
-
-
-HOSTILE = [
-    "</script><script>alert(1)</script>",
-    "<!--<script>",
-    "<img src=x onerror=alert(1)>",
-    "{{style}}{{data}}",
-    "\u2028\u2029\x00\x1b[31m",
-    "\u202egnihtyna\u2066",
-    "\ud800",
-    "&lt;b&gt; \\u003c \\",
-]
 
 
 class Elements(HTMLParser):

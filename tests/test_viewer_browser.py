@@ -9,8 +9,7 @@ import pytest
 
 from lace_lightning.viewer import viewer_page
 from tests.browser import CHROMIUM, Browser
-from tests.test_viewer import HOSTILE
-from tests.viewer_helpers import four, many, outcome, passage
+from tests.viewer_helpers import HOSTILE, four, many, outcome, passage
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH (apt-get install chromium)")
 

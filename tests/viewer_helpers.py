@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from collections.abc import Sequence
 
 from lace_lightning.decoding.group import Thread
@@ -13,6 +15,17 @@ from lace_lightning.tasks import Verdict
 from lace_lightning.traces.schema import Problem, Tag
 
 RIGHT, WRONG = Verdict.CORRECT, Verdict.WRONG
+
+HOSTILE = [
+    "</script><script>alert(1)</script>",
+    "<!--<script>",
+    "<img src=x onerror=alert(1)>",
+    "{{style}}{{data}}",
+    "\u2028\u2029\x00\x1b[31m",
+    "\u202egnihtyna\u2066",
+    "\ud800",
+    "&lt;b&gt; \\u003c \\",
+]
 
 
 def passage(
@@ -114,3 +127,9 @@ def many(groups: int = 500, threads: int = 4, tokens: int = 512, words: int = 20
             passages.append(passage(n, pieces, None, None, gates, reads, tag=tag, verdict=verdict))
         outcomes.append(outcome(*passages, name=f"p{index}", text=f"Question {index}: " + "how many? " * 20))
     return outcomes
+
+
+def island(page: str) -> dict:
+    """The page's data, as its script gets it."""
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    return json.loads(text)

@@ -54,7 +54,7 @@
         const threads = plane(), back = whole(plane(), plane()), shares = plane();
         return { threads, back, shares };
       });
-      return { thread, texts, columns, kinds, gates, ranks, at: new Map(columns.map((column, i) => [column, i])), spans: [] };
+      return { thread, label: "", texts, columns, kinds, gates, ranks, at: new Map(columns.map((column, i) => [column, i])), spans: [] };
     });
   }
 
@@ -70,12 +70,16 @@
 
   // ---------------------------------------------------------------- the list
 
+  const varies = (key) => new Set(rows.map((one) => one[key])).size > 1;
+  const seedOf = (row) => `seed ${row.seed}`;
+  const choices = CHOICES.filter(varies);
+
   const items = rows.map((row, index) => {
     const name = Object.keys(OUTCOMES).find((key) => OUTCOMES[key][2](row)) || "wrong";
     const marks = row.threads.filter((thread) => thread.verdict).slice(0, 8);
     const strip = el("span", { className: "marks", aria: { "aria-label": `threads: ${marks.map((t) => VERDICTS[t.verdict][1]).join(", ")}` } },
       ...marks.map((thread) => el("i", { className: thread.verdict, aria: { "aria-hidden": "true" } }, VERDICTS[thread.verdict][0])));
-    const where = CHOICES.filter((key) => new Set(rows.map((one) => one[key])).size > 1).map((key) => (key === "seed" ? `seed ${row.seed}` : row[key]));
+    const where = choices.map((key) => (key === "seed" ? seedOf(row) : row[key]));
     const link = el("a", { href: `#o${index}` },
       el("span", { className: "line" }, chip(name, ...OUTCOMES[name].slice(0, 2)), row.tags_invalid ? chip("invalid", "⚠", "tags") : null, strip),
       el("span", { className: "asked", dir: "auto" }, row.problem.slice(0, 160)),
@@ -114,9 +118,8 @@
       radio.addEventListener("change", () => { selected.outcome = name; filter(); });
       $("outcomes").append(el("label", { className: `chip ${name}` }, radio, el("span", { aria: { "aria-hidden": "true" } }, sign), el("span", {}, label), el("span", { className: "count" })));
     }
-    for (const key of CHOICES) {
+    for (const key of choices) {
       const values = [...new Set(rows.map((row) => String(row[key])))];
-      if (values.length < 2) continue;
       const select = el("select", { id: `by-${key}`, aria: { "aria-label": key } }, el("option", { value: "" }, `every ${key}`), ...values.map((value) => el("option", { value }, key === "seed" ? `seed ${value}` : value)));
       select.addEventListener("change", () => { selected[key] = select.value; filter(); });
       $("choices").append(select);
@@ -171,7 +174,10 @@
     for (const thread of row.threads) sizes[thread.group] = (sizes[thread.group] || 0) + 1;
     row.threads.forEach((thread, p) => {
       const name = sizes[thread.group] > 1 ? `${thread.role}, group ${thread.group}` : thread.role;
-      sections.set(name, [...(sections.get(name) || []), p]);
+      const members = [...(sections.get(name) || []), p];
+      sections.set(name, members);
+      // A single thread has no index among others: it is counted.
+      shown[p].label = `thread ${sizes[thread.group] > 1 ? (thread.index ?? members.length - 1) : members.length - 1}`;
     });
     return [...sections];
   }
@@ -180,7 +186,7 @@
     const name = Object.keys(OUTCOMES).find((key) => OUTCOMES[key][2](row)) || "wrong";
     return el("header", { className: "problem" },
       el("p", { className: "line" }, chip(name, ...OUTCOMES[name].slice(0, 2)), row.tags_invalid ? chip("invalid", "⚠", "invalid tags") : null,
-        el("span", { className: "quiet" }, bdi([row.id, row.benchmark, row.method, `seed ${row.seed}`].filter(Boolean).join(" · ")))),
+        el("span", { className: "quiet" }, bdi([row.id, row.benchmark, row.method, varies("seed") ? seedOf(row) : ""].filter(Boolean).join(" · ")))),
       el("h2", { dir: "auto", className: row.problem.length > 300 ? "long" : "" }, row.problem),
       el("p", { className: "quiet" }, "reference answer ", bdi(row.reference || "none", "answer"),
         row.chosen === null ? " · no answer was chosen" : ""));
@@ -198,7 +204,7 @@
   }
 
   function grid(row, members, step, [least, most]) {
-    const head = el("tr", {}, el("th", { scope: "col" }, "t"), ...members.map((p, n) => threadHead(row, p, n)));
+    const head = el("tr", {}, el("th", { scope: "col" }, "t"), ...members.map((p) => threadHead(row, p)));
     const body = el("tbody");
     const columns = 1 + Math.max(0, ...members.map((p) => shown[p].columns.at(-1) ?? 0));
     const next = members.map(() => 0);
@@ -227,11 +233,11 @@
 
   const waiting = (count) => el("span", { className: "wait", aria: { "aria-hidden": "true" } }, "·".repeat(Math.min(count, 64)));
 
-  function threadHead(row, p, n) {
-    const { thread } = shown[p];
+  function threadHead(row, p) {
+    const { thread, label: name } = shown[p];
     const [sign, label] = VERDICTS[thread.verdict] || ["", ""];
     return el("th", { scope: "col", className: p === row.chosen ? "chosen" : "" },
-      el("span", { className: "line" }, el("b", {}, `${p === row.chosen ? "★ " : ""}${thread.index === null ? `passage ${n}` : `thread ${thread.index}`}`),
+      el("span", { className: "line" }, el("b", {}, `${p === row.chosen ? "★ " : ""}${name}`),
         label ? chip(thread.verdict, sign, label) : null),
       el("span", { className: "line" }, thread.answer === null ? null : bdi(thread.answer, "answer"), thread.tag ? el("span", { className: `tagged ${thread.tag}` }, thread.tag) : el("span", { className: "quiet" }, "no tag"),
         el("span", { className: "quiet" }, `${number(thread.tokens)} tokens${thread.finished === "length" ? ", cut off" : ""}`)),
@@ -275,14 +281,12 @@
     });
     const kind = one.kinds[i] === ANSWER ? "answer" : (KINDS[segments[one.kinds[i]]] || ["", "thought"])[1];
     $("token").replaceChildren(
-      el("p", { className: "line" }, el("code", {}, one.texts[i].slice(0, MAX_SHOWN) || "(no text)"), el("span", { className: "quiet" }, [named(one), `t ${one.columns[i]}`, kind, one.gates ? `gate ${one.gates[i].toFixed(2)}` : ""].filter(Boolean).join(" · "))),
+      el("p", { className: "line" }, el("code", {}, one.texts[i].slice(0, MAX_SHOWN) || "(no text)"), el("span", { className: "quiet" }, [one.label, `t ${one.columns[i]}`, kind, one.gates ? `gate ${one.gates[i].toFixed(2)}` : ""].filter(Boolean).join(" · "))),
       reads.length ? el("ol", { className: "reads" }, ...reads.map((read, rank) => readLine(read, rank))) :
         el("p", { className: "quiet" }, one.ranks ? "It read nothing of other threads." : "What it read was not recorded."));
     $("inspector").hidden = false;
     return [one, reads];
   }
-
-  const named = (one) => (one.thread.index === null ? "passage" : `thread ${one.thread.index}`);
 
   function readLine(read, rank) {
     const other = shown[read.p];
@@ -297,7 +301,7 @@
   function say(p, i) {
     const [one, reads] = inspect(p, i);
     const heard = reads.map((read) => `${percent(read.share)} thread ${read.index}, column ${read.time}${read.i === undefined ? "" : `, ${shown[read.p].texts[read.i]}`}`);
-    $("spoken").textContent = `${one.texts[i].slice(0, 80)}, ${named(one)}, column ${one.columns[i]}${one.gates ? `, gate ${one.gates[i].toFixed(2)}` : ""}${heard.length ? `, read ${heard.join("; ")}` : ""}`;
+    $("spoken").textContent = `${one.texts[i].slice(0, 80)}, ${one.label}, column ${one.columns[i]}${one.gates ? `, gate ${one.gates[i].toFixed(2)}` : ""}${heard.length ? `, read ${heard.join("; ")}` : ""}`;
   }
 
   function go(p, i) {
