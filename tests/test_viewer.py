@@ -47,11 +47,12 @@ def test_pieces_of_bytes_make_the_text_and_end_whole_characters(text):
     pieces = pieces_of(list(text.encode(errors="ignore")), utf8)
     whole = text.encode(errors="ignore").decode()
     assert "".join(pieces) == whole and len(pieces) == len(whole.encode())
+    if "\ufffd" in whole:  # looks like a character that is still to come
+        return
     at = 0
     for character in whole:
         size = len(character.encode())
-        if character != "\ufffd":
-            assert pieces[at : at + size] == ("",) * (size - 1) + (character,)
+        assert pieces[at : at + size] == ("",) * (size - 1) + (character,)
         at += size
 
 
@@ -117,21 +118,25 @@ def by_hand(policy: ModelPolicy, group) -> dict[tuple[int, int], dict[tuple[int,
         patch.setattr("lace_lightning.exchange.lattice_attention.attention_weights", watch)
         policy.model.read(ids, mask, len(prompt))
     weights, n_threads = torch.stack(mixed).mean(0), len(group.threads)
+    first = -len(prompt) if policy.model.exchange_config.reads_prompt else 0
     found: dict = {(n, t): {} for n in range(n_threads) for t in range(columns)}
     for block, rows in enumerate(weights.tolist()):  # scope aligned has a block per column
         for query, row in enumerate(rows):
             for key, weight in enumerate(row):
-                time = block if len(weights) > 1 else 0
+                time = first + (block if len(weights) > 1 else 0)
                 reader = (query % n_threads, time + query // n_threads)
                 read = (key % n_threads, time + key // n_threads)
-                if read[0] != reader[0] and weight > 0:
+                if read[0] != reader[0] and weight > 0 and min(reader[1], read[1]) >= 0:
                     found[reader][read] = weight
     return found
 
 
+@pytest.mark.parametrize("reads_prompt", [False, True])
 @pytest.mark.parametrize("scope", ["causal", "aligned"])
-def test_reads_are_the_largest_weights_of_the_eager_backend_on_other_threads(scope):
-    policy = policy_of(LatticeAttentionConfig(width=8, heads=2, scope=scope), keep_reads=True)
+def test_reads_are_the_largest_weights_of_the_eager_backend_on_other_threads(scope, reads_prompt):
+    """Weights on a prompt that takes part count, but are not shown."""
+    exchange = LatticeAttentionConfig(reads_prompt, width=8, heads=2, scope=scope)
+    policy = policy_of(exchange, keep_reads=True)
     num_reads = 0
     for group, inspections in inspected(policy):
         weights = by_hand(policy, group)
@@ -156,15 +161,6 @@ def test_reads_are_recorded_only_on_request_and_only_where_attention_is():
         for _, inspections in inspected(policy_of(exchange, **keep), count=1):
             for inspection in inspections:
                 assert inspection.reads is None and (inspection.gates is not None) == has_gates and inspection.pieces
-
-
-def test_a_prompt_that_takes_part_is_left_out_of_reads():
-    policy = policy_of(LatticeAttentionConfig(width=8, heads=2, reads_prompt=True), keep_reads=True)
-    for group, inspections in inspected(policy):
-        for thread, inspection in zip(group.threads, inspections, strict=True):
-            for time, reads in zip(thread.columns, inspection.reads, strict=True):
-                assert all(0 <= read_time <= time for _, read_time, _ in reads)
-                assert sum(share for *_, share in reads) < 1
 
 
 # ---------------------------------------------------------------- what the page holds
@@ -271,6 +267,7 @@ def test_hostile_text_adds_no_element_and_reads_back_as_text(text):
         benchmark=text,
     )
     page = viewer_page(text, [hostile])
+    assert not set(re.findall(r'id="data">(.*)</script>\n<script>', page, re.DOTALL)[0]) & set("<>&")
     harmless = viewer_page("mine", [outcome(passage(0, ["a", "b"]))])
     assert Elements(page).found == Elements(harmless).found
     page.encode()

@@ -87,7 +87,11 @@ def test_tokens_are_shaded_by_their_gates_and_marked_by_what_they_are(browser, t
 
 
 def test_long_threads_have_several_columns_in_a_row_and_their_number_can_be_chosen(browser, tmp_path):
-    show(browser, tmp_path, [outcome(*(passage(n, [f" {i}" for i in range(100)]) for n in range(2)))])
+    words = [f" {i}" for i in range(100)]
+    waits = passage(1, words[:4], columns=(0, 3, 4, 40))
+    show(browser, tmp_path, [outcome(passage(0, words), waits)])
+    cells = browser.do("[...document.querySelectorAll('tbody td:nth-child(3)')].map(td => td.textContent)")
+    assert cells == [" 0·· 1 2", "·" * 16, "········ 3", "", "", "", ""]
     assert browser.do("document.querySelectorAll('tbody tr').length") == 7
     browser.do("(s => { s.value = 64; s.dispatchEvent(new Event('change')) })(document.getElementById('width'))")
     assert browser.do("document.querySelectorAll('tbody tr').length") == 2
@@ -154,6 +158,7 @@ def test_hovering_shows_what_a_token_read_and_marks_it(browser, tmp_path):
 def test_keys_walk_through_tokens_threads_and_outcomes(browser, tmp_path):
     show(browser, tmp_path)
     browser.do("document.querySelector('td .t[tabindex=\"0\"]').focus()")
+    assert text(browser, "#spoken").startswith("try, thread 0, column 0, gate 0.20, read 50 % thread 1, column 0, try;")
     walked = [focused(browser)]
     for key, shift in [("ArrowRight", 0), ("ArrowDown", 0), ("ArrowDown", 0), ("ArrowRight", 1), ("ArrowLeft", 0)]:
         browser.press(key, bool(shift))

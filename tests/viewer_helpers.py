@@ -18,7 +18,8 @@ RIGHT, WRONG = Verdict.CORRECT, Verdict.WRONG
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
-    "<!--<script>",
+    "</script x><img src=x onerror=alert(1)>",
+    "<!--<script >",
     "<img src=x onerror=alert(1)>",
     "{{style}}{{data}}",
     "\u2028\u2029\x00\x1b[31m",
