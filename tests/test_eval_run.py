@@ -29,6 +29,7 @@ from lace_lightning.evaluation.summary import summarise_folder
 from lace_lightning.tasks import Verdict
 from lace_lightning.tracking.outcome_traces import chosen_for_traces
 from tests.eval_helpers import Guessing, Solo, judged, problem
+from tests.viewer_helpers import island
 
 PROBLEMS = [problem(number) for number in range(10)]
 MEANINGS = {"policies": {"any": {"size": 1}}, "methods": {"solo": {}}, "benchmarks": {"toy": {}}}
@@ -244,6 +245,9 @@ def test_the_command_writes_tables_that_report_writes_again_without_a_model(tmp_
         assert len(one.paths) == int(one.method[-1])
         for path_ in one.paths:
             assert len(path_.gates) == path_.passage.thread.num_tokens and all(0 < gate < 1 for gate in path_.gates)
+    assert [row["id"] for row in island((out / "viewer.html").read_text())["rows"]] == [
+        one.problem.id for one in sorted(read_outcomes(out), key=lambda one: one.problem.id)
+    ]
     monkeypatch.setattr("lace_lightning.model_spec.ModelSpec.build", None)
     for name in files:
         (out / name).unlink()
@@ -342,6 +346,8 @@ def test_a_tracked_evaluation_has_tables_and_a_trace_per_group_that_tags_find(tm
     (found,) = client.search_runs([experiment])
     assert found.data.metrics["eval/doors/solo/tokens"] > 0 and found.info.status == "FINISHED"
     mlflow.set_tracking_uri(uri)
+    page = mlflow.artifacts.load_text(f"{found.info.artifact_uri}/viewer.html")
+    assert len(island(page)["rows"]) == 4 and page == (tmp_path / "out/viewer.html").read_text()
     traces = mlflow.search_traces(
         locations=[experiment], filter_string="tags.method = 'solo' AND tags.benchmark = 'doors'", return_type="list"
     )

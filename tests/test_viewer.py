@@ -190,6 +190,14 @@ def test_a_block_holds_the_tokens_plane_by_plane():
     assert at == len(planes)
 
 
+def test_only_the_tokens_that_spell_the_answer_are_marked_as_it():
+    """The last place in the assessment where it stands, and no token that only touches it."""
+    pieces = ["13", ";", "13", " or", ":", "1", "3", ".", "[[best]]"]
+    one = passage(0, pieces, "taaaaaaag", answer="13")
+    planes = zlib.decompress(base64.b64decode(block_of([one], pieces.index)), -15)
+    assert "".join("-pteagA"[kind] for kind in planes[45:54]) == "taaaaAAag"
+
+
 def test_rows_say_how_each_outcome_ended():
     records = [four("a"), four("b", chosen=1), four("c", rights="0000"), four("d", tags="bbff")]
     rows = island(viewer_page("mine", records))["rows"]
