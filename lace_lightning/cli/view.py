@@ -37,9 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         "place", metavar="FOLDER|FILE", type=Path,
         help="output folder of lace eval or its outcomes.jsonl; the folder of a run; or a page that is there already",
     )  # fmt: skip
-    parser.add_argument(
-        "--out", metavar="FILE", type=Path, help="write the page here, not beside the outcomes"
-    )
+    parser.add_argument("--out", metavar="FILE", type=Path, help="write the page here, not beside the outcomes")
     parser.add_argument("--no-open", action="store_true", help="write the page, and only print where it is")
     return parser
 
