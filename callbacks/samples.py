@@ -9,12 +9,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lace_lightning.callbacks.reporting import current_step, is_due, mlflow_loggers, sampled_in, threaded
 from lace_lightning.decoding import Group
-from lace_lightning.decoding.segments import Segmenter
+from lace_lightning.evaluation.inspection import Inspector
+from lace_lightning.evaluation.judged import JudgedOutcome, JudgedPassage
+from lace_lightning.evaluation.method import Cost, Passage
 from lace_lightning.modules import SampledGroups
-from lace_lightning.rendering import groups_page
 from lace_lightning.tasks import Verdict
 from lace_lightning.tracking.run_folder import run_folder
 from lace_lightning.tracking.spool import replace_text
+from lace_lightning.viewer import viewer_page
 
 _MAX_CHARACTERS = 4000
 """Of a text in the table; the page shows more."""
@@ -86,20 +88,25 @@ class SampleGroups(Callback):
         if not judged:
             return
         data, step = threaded(pl_module).data, current_step(trainer)
-        tokenizer = data.tokenizer
-        page = groups_page(
-            f"{phase} groups, step {step:,}",
-            [group for group, _ in judged],
-            [verdicts for _, verdicts in judged],
-            Segmenter(data.task.template, tokenizer),
-            lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-        )
+        inspector = Inspector(data.task.template, data.tokenizer)
+        outcomes = [outcome_of(group, verdicts, inspector) for group, verdicts in judged]
+        page = viewer_page(f"{phase} groups, step {step:,}", outcomes)
         path = run_folder(trainer) / "samples" / f"{phase}.html"
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, page)
         for logger in mlflow_loggers(trainer):
             logger.log_text(page, f"samples/{phase}.html")
             logger.log_table(sample_rows(judged), f"samples_{phase}")
+
+
+def outcome_of(group: Group, verdicts: Sequence[Verdict], inspector: Inspector) -> JudgedOutcome:
+    """A judged group as the viewer shows it; gates and reads are not recorded."""
+    passages = tuple(
+        JudgedPassage(Passage(thread, "path"), verdict, inspector.thread(n, thread))
+        for n, (thread, verdict) in enumerate(zip(group.threads, verdicts, strict=True))
+    )
+    chosen = next((n for n, thread in enumerate(group.threads) if thread is group.best), None)
+    return JudgedOutcome("", "", 0, group.problem, passages, chosen, Cost())
 
 
 def sample_rows(judged: Sequence[Judged]) -> list[dict[str, object]]:

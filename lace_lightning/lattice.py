@@ -137,6 +137,8 @@ class Reading:
         cross_share: (B, N, L) share of a token's attention mass on other threads; NaN where it reads nothing.
         thread_share: (B, N, N) share of thread n's (dim 1) attention mass on thread m (dim 2), mean over its tokens.
         visible: (B, N, L) bool: the columns that take part.
+        weights: (B, Q, K) attention weights of time-major positions, mean over heads; scope ``aligned``
+            has (B * L, N, N). None if not asked for.
     """
 
     layer_idx: int
@@ -144,6 +146,7 @@ class Reading:
     cross_share: Tensor
     thread_share: Tensor
     visible: Tensor
+    weights: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -158,6 +161,7 @@ class Lattice:
         skip: leading columns of the backbone's tensors that stand before these L (the prompt).
         cache: what earlier passes left, in decoding.
         readings: a list that lattice layers append to, or None.
+        keep_weights: readings keep all attention weights.
         is_packed: the backbone's rows are whole groups (:mod:`lace_lightning.packing`), not threads.
         rotations: what exchanges made of the positions of this pass, by their settings, for all layers.
     """
@@ -168,6 +172,7 @@ class Lattice:
     skip: int = 0
     cache: LatticeCache | None = None
     readings: list[Reading] | None = None
+    keep_weights: bool = False
     is_packed: bool = False
     rotations: dict[Any, Any] = field(default_factory=dict, init=False)
     _masks: dict[Topology, LatticeMask] = field(default_factory=dict)

@@ -104,11 +104,20 @@ class ThreadedLM(nn.Module):
         attention_mask = _mask_or_ones(input_ids, attention_mask)
         return self.head(self._hidden(input_ids, attention_mask, self.lattice(attention_mask, prompt_length)))
 
-    def read(self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt_length: int = 0) -> list[Reading]:
-        """One forward pass of the decoder that records gates and attention shares, one reading per lattice layer."""
+    def read(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        prompt_length: int = 0,
+        keep_weights: bool = False,
+    ) -> list[Reading]:
+        """One forward pass of the decoder that records gates and attention shares, one reading per lattice layer.
+
+        With ``keep_weights`` also the weights of all positions on all others, for each layer.
+        """
         attention_mask = _mask_or_ones(input_ids, attention_mask)
         lattice = self.lattice(attention_mask, prompt_length)
-        lattice.readings = []
+        lattice.readings, lattice.keep_weights = [], keep_weights
         with torch.no_grad():
             self._hidden(input_ids, attention_mask, lattice)
         return lattice.readings

@@ -21,7 +21,7 @@ PAGE = (ROOT / "docs/architecture.md").read_text()
 MECHANISM = ("lattice", "exchange", "packing", "backbone", "compiled_layers", "linear_cross_entropy", "threaded_lm")
 MECHANISM += ("adapter", "decoding", "engine")
 DATA = ("traces", "tasks", "puzzles", "verification", "synthesis", "agents")
-MEASUREMENT = ("embedding", "diversity", "rewards", "policy_loss", "metrics", "figures", "rendering", "bench")
+MEASUREMENT = ("embedding", "diversity", "rewards", "policy_loss", "metrics", "figures", "viewer", "bench")
 MEASUREMENT += ("evaluation", "tokenizer")
 ABOVE = {
     "datamodules": {"modules", "callbacks", "cli"},

@@ -89,8 +89,8 @@ def test_gates_are_those_that_decoding_opened(policy):
     keeping = ModelPolicy(policy.model, TASK, policy.tokenizer, DECODING, MAX_LENGTH, keep_gates=True)
     played = keeping.play(PROBLEMS, SEEDS)
     threads = [thread for group in played.groups for thread in group.threads]
-    gates = keeping.take_gates(threads)
-    assert keeping.take_gates(threads) == [None] * len(threads)  # forgotten
+    gates = [inspection.gates for inspection in keeping.take_inspections(threads)]
+    assert keeping.take_inspections(threads) == [None] * len(threads)  # forgotten
     for index, group in enumerate(played.groups):
         prompt = TASK.template.encode_prompt(group.problem.text, policy.tokenizer)
         length = len(prompt) + max(thread.columns[-1] for thread in group.threads) + 1
@@ -110,7 +110,8 @@ def test_a_model_without_an_exchange_has_no_gates():
     bare = ModelSpec(architecture=QWEN, num_threads=2)
     made = PolicySpec(bare, decoding=DECODING, max_length=MAX_LENGTH, device="cpu").build(TASK, keep_gates=True)
     played = made.play(PROBLEMS[:1], [0])
-    assert made.take_gates(played.groups[0].threads) == [None, None]
+    inspections = made.take_inspections(played.groups[0].threads)
+    assert [inspection.gates for inspection in inspections] == [None, None]
 
 
 def test_exchange_weights_of_a_folder_are_loaded(tmp_path, policy):

@@ -19,6 +19,7 @@ from lace_lightning.cli.eval_config import merge, parse, read_settings
 from lace_lightning.cli.main import main
 from lace_lightning.decoding import group_seed
 from lace_lightning.embedding import NgramEmbedder
+from lace_lightning.evaluation.inspection import Inspection
 from lace_lightning.evaluation.judged import from_json, to_json
 from lace_lightning.evaluation.parquet import write_parquet
 from lace_lightning.evaluation.runner import Job, Runner
@@ -28,6 +29,7 @@ from lace_lightning.evaluation.summary import summarise_folder
 from lace_lightning.tasks import Verdict
 from lace_lightning.tracking.outcome_traces import chosen_for_traces
 from tests.eval_helpers import Guessing, Solo, judged, problem
+from tests.viewer_helpers import island
 
 PROBLEMS = [problem(number) for number in range(10)]
 MEANINGS = {"policies": {"any": {"size": 1}}, "methods": {"solo": {}}, "benchmarks": {"toy": {}}}
@@ -60,7 +62,9 @@ def test_outcomes_hold_what_was_played_and_how_it_was_judged(tmp_path):
 
 def test_an_outcome_reads_back_as_it_was_written():
     one = judged([("8", Verdict.WRONG), (None, Verdict.UNPARSABLE)], chosen=None, confidence=0.25)
-    one = replace(one, passages=(replace(one.passages[0], gates=(0.25, 0.5, 0.125)), one.passages[1]), notes={"a": [1]})
+    reads = (((1, 0, 0.5), (2, 0, 0.25)), ((1, 1, 1.0),), ())
+    inspection = Inspection(1, ("so", " 8", "<eos>"), "tag", (0.25, 0.5, 0.125), reads)
+    one = replace(one, passages=(replace(one.passages[0], inspection=inspection), one.passages[1]), notes={"a": [1]})
     (one,) = with_statistics([one], NgramEmbedder())
     assert from_json(json.loads(json.dumps(to_json(one)))) == one
     assert one.passages[0].mean_gate == pytest.approx(0.875 / 3) and one.passages[1].mean_gate is None
@@ -241,6 +245,9 @@ def test_the_command_writes_tables_that_report_writes_again_without_a_model(tmp_
         assert len(one.paths) == int(one.method[-1])
         for path_ in one.paths:
             assert len(path_.gates) == path_.passage.thread.num_tokens and all(0 < gate < 1 for gate in path_.gates)
+    assert [row["id"] for row in island((out / "viewer.html").read_text())["rows"]] == [
+        one.problem.id for one in sorted(read_outcomes(out), key=lambda one: one.problem.id)
+    ]
     monkeypatch.setattr("lace_lightning.model_spec.ModelSpec.build", None)
     for name in files:
         (out / name).unlink()
@@ -339,6 +346,8 @@ def test_a_tracked_evaluation_has_tables_and_a_trace_per_group_that_tags_find(tm
     (found,) = client.search_runs([experiment])
     assert found.data.metrics["eval/doors/solo/tokens"] > 0 and found.info.status == "FINISHED"
     mlflow.set_tracking_uri(uri)
+    page = mlflow.artifacts.load_text(f"{found.info.artifact_uri}/viewer.html")
+    assert len(island(page)["rows"]) == 4 and page == (tmp_path / "out/viewer.html").read_text()
     traces = mlflow.search_traces(
         locations=[experiment], filter_string="tags.method = 'solo' AND tags.benchmark = 'doors'", return_type="list"
     )

@@ -25,7 +25,7 @@ SETTINGS = """settings (in YAML; docs/evaluation.md has all of them):
   methods     by name: class_path and init_args, the name of their policy among them
   benchmarks  by name: task, problems (a file or a hub name), num_problems
   sweeps      a method at several budgets: {vote: {num_threads: [1, 4, 16]}} makes vote@1, vote@4, vote@16
-  seeds, batch_size, reference, embedder, gates, tracking
+  seeds, batch_size, reference, embedder, gates, reads, tracking
 
 examples:
   lace eval --config configs/eval/puzzles.yaml --config configs/eval/benchmarks/doors.yaml
@@ -131,7 +131,7 @@ def _report(argv: Sequence[str]) -> int:
 
 
 def _render(folder: Path, reference: str | None, log: tuple[EvaluationSpec, dict[str, Any]] | None = None) -> int:
-    """Print the tables, write ``report.md``, ``summary.json`` and ``groups.parquet``; returns how many failed."""
+    """Print the tables, write them and the viewer's page into the folder; returns how many failed."""
     from rich.console import Console
 
     from lace_lightning.evaluation.parquet import write_parquet
@@ -139,6 +139,7 @@ def _render(folder: Path, reference: str | None, log: tuple[EvaluationSpec, dict
     from lace_lightning.evaluation.store import read_failures, read_outcomes
     from lace_lightning.evaluation.summary import as_json, summarise_folder
     from lace_lightning.tracking.spool import replace_text
+    from lace_lightning.viewer.folder import write_viewer
 
     summaries, failures = summarise_folder(folder, reference), read_failures(folder)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
@@ -147,13 +148,17 @@ def _render(folder: Path, reference: str | None, log: tuple[EvaluationSpec, dict
     replace_text(folder / "report.md", markdown(summaries))
     replace_text(folder / "summary.json", json.dumps(as_json(summaries), indent=2) + "\n")
     write_parquet(read_outcomes(folder), folder / "groups.parquet")
-    console.print(f"report.md, summary.json, groups.parquet and outcomes.jsonl are in {folder}", soft_wrap=True)
+    write_viewer(folder)
+    console.print(
+        f"report.md, summary.json, groups.parquet, viewer.html and outcomes.jsonl are in {folder}", soft_wrap=True
+    )
     for failure in failures[:5]:
         console.print(f"failed: {' · '.join(map(str, failure.key))}: {failure.type}: {failure.message}", markup=False)
     if failures:
         console.print(
             f"{len(failures)} outcomes failed (errors.jsonl); the same command tries them again", markup=False
         )
+    console.print(f"next: lace view {folder}", soft_wrap=True, markup=False)
     if log is not None and log[0].tracking is not None:
         from lace_lightning.tracking.outcome_traces import log_evaluation
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from lace_lightning.decoding.group import Group, Thread
+from lace_lightning.evaluation.inspection import Inspection
 from lace_lightning.evaluation.method import Cost, Outcome, Passage
 from lace_lightning.tasks import Verdict
 from lace_lightning.traces.schema import Problem, Tag
@@ -15,7 +16,7 @@ ANSWERING = ("path", "revision", "merge")
 """Roles of passages that answer the problem; only these are judged."""
 
 _DECIMALS = 4
-"""Of stored log-probabilities and gates."""
+"""Of stored log-probabilities, gates and shares of attention."""
 
 
 class Key(NamedTuple):
@@ -38,12 +39,17 @@ class JudgedPassage:
     Args:
         passage: what was written, its role and group.
         verdict: of its answer; None for roles that do not answer.
-        gates: mean gate over lattice layers and channels at each of the thread's tokens; None where not recorded.
+        inspection: the thread token by token; None where not recorded.
     """
 
     passage: Passage
     verdict: Verdict | None
-    gates: tuple[float, ...] | None = None
+    inspection: Inspection | None = None
+
+    @property
+    def gates(self) -> tuple[float, ...] | None:
+        """Mean gate over lattice layers and channels at each of the thread's tokens; None where not recorded."""
+        return None if self.inspection is None else self.inspection.gates
 
     @property
     def mean_gate(self) -> float | None:
@@ -109,10 +115,10 @@ def make_judged(
     seed: int,
     outcome: Outcome,
     verdicts: Sequence[Verdict | None],
-    gates: Sequence[tuple[float, ...] | None],
+    inspections: Sequence[Inspection | None],
 ) -> JudgedOutcome:
-    """The record of an outcome, with one verdict and one list of gates (or None) for each passage."""
-    passages = tuple(map(JudgedPassage, outcome.passages, verdicts, gates))
+    """The record of an outcome, with one verdict and one inspection (or None) for each passage."""
+    passages = tuple(map(JudgedPassage, outcome.passages, verdicts, inspections))
     return JudgedOutcome(
         benchmark, method, seed, outcome.problem, passages, outcome.chosen, outcome.cost, outcome.confidence,
         outcome.notes,
@@ -164,7 +170,7 @@ def _passage_to_json(record: JudgedPassage) -> dict[str, Any]:
         "verdict": record.verdict,
         **asdict(thread),
         "logprobs": [round(value, _DECIMALS) for value in thread.logprobs],
-        "gates": None if record.gates is None else [round(value, _DECIMALS) for value in record.gates],
+        "inspection": None if record.inspection is None else _inspection_to_json(record.inspection),
     }
 
 
@@ -179,5 +185,29 @@ def _passage_from_json(row: Mapping[str, Any]) -> JudgedPassage:
         **lists,
     )
     verdict = None if row["verdict"] is None else Verdict(row["verdict"])
-    gates = None if row["gates"] is None else tuple(row["gates"])
-    return JudgedPassage(Passage(thread, row["role"], row["group"]), verdict, gates)
+    inspection = None if row["inspection"] is None else _inspection_from_json(row["inspection"])
+    return JudgedPassage(Passage(thread, row["role"], row["group"]), verdict, inspection)
+
+
+def _inspection_to_json(inspection: Inspection) -> dict[str, Any]:
+    gates, reads = inspection.gates, inspection.reads
+    return {
+        "thread": inspection.thread,
+        "pieces": inspection.pieces,
+        "segments": inspection.segments,
+        "gates": None if gates is None else [round(value, _DECIMALS) for value in gates],
+        "reads": None
+        if reads is None
+        else [[(n, time, round(share, _DECIMALS)) for n, time, share in token] for token in reads],
+    }
+
+
+def _inspection_from_json(row: Mapping[str, Any]) -> Inspection:
+    gates, reads = row["gates"], row["reads"]
+    return Inspection(
+        row["thread"],
+        tuple(row["pieces"]),
+        row["segments"],
+        None if gates is None else tuple(gates),
+        None if reads is None else tuple(tuple((n, time, share) for n, time, share in token) for token in reads),
+    )

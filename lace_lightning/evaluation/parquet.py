@@ -15,7 +15,7 @@ from lace_lightning.evaluation.judged import JudgedOutcome, to_json
 from lace_lightning.whole_file import whole_file
 
 ROWS_PER_GROUP = 256
-_JSON = ("facts", "notes", "statistics")
+_JSON = ("facts", "inspection", "notes", "statistics")
 """Fields of no fixed form: the JSON text of an object."""
 
 
@@ -24,7 +24,7 @@ def _schema() -> pa.Schema:
     passage = {
         "role": text, "group": number, "verdict": text, "text": text, "thought": text, "answer": text, "tag": text,
         "observations": pa.list_(text), "token_ids": pa.list_(number), "columns": pa.list_(number),
-        "logprobs": pa.list_(real), "forced": pa.list_(pa.bool_()), "finished": text, "gates": pa.list_(real),
+        "logprobs": pa.list_(real), "forced": pa.list_(pa.bool_()), "finished": text, "inspection": text,
     }  # fmt: skip
     problem = dict.fromkeys(("id", "text", "answer", "facts", "source"), text)
     cost = {"prompt_tokens": number, "tokens": number, "columns": number, "seconds": real}
@@ -47,6 +47,7 @@ def write_parquet(records: Iterable[JudgedOutcome], path: str | Path) -> None:
 def _row(record: JudgedOutcome) -> dict[str, Any]:
     row = to_json(record)
     row["problem"] = dict(_texts(row["problem"]))
+    row["passages"] = [dict(_texts(passage)) for passage in row["passages"]]
     return dict(_texts(row))
 
 

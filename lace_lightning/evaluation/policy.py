@@ -14,7 +14,7 @@ from torch import nn
 
 from lace_lightning.checkpoints import initialise
 from lace_lightning.decoding import DecodingSpec, Group, Rollout, Thread, play_groups
-from lace_lightning.evaluation.gates import token_gates
+from lace_lightning.evaluation.inspection import Inspection, Inspector, look
 from lace_lightning.evaluation.method import Cost, Played
 from lace_lightning.model_spec import ModelSpec
 from lace_lightning.tasks import Task
@@ -36,8 +36,9 @@ class ModelPolicy:
         decoding: how groups are sampled; its ``num_threads`` None takes the model's, its ``seed`` is not used: methods
             bring seeds.
         max_length: most columns of a group, prompt included.
-        keep_gates: look up the gates of whatever is played, for :meth:`take_gates`; costs one more forward pass, which
-            is not counted among the seconds.
+        keep_gates: look up the gates of whatever is played, for :meth:`take_inspections`; costs one more forward pass,
+            which is not counted among the seconds.
+        keep_reads: look up what each token read from which thread too; that pass needs all attention weights at once.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class ModelPolicy:
         decoding: DecodingSpec | None = None,
         max_length: int = 2048,
         keep_gates: bool = False,
+        keep_reads: bool = False,
     ) -> None:
         self.model = model
         self.task = task
@@ -56,7 +58,9 @@ class ModelPolicy:
         self.max_length = max_length
         self.num_threads = self.decoding.num_threads or model.num_threads
         self.keep_gates = keep_gates
-        self._gates: dict[int, tuple[Thread, tuple[float, ...]]] = {}
+        self.keep_reads = keep_reads
+        self._inspector = Inspector(task.template, tokenizer)
+        self._inspected: dict[int, tuple[Thread, Inspection]] = {}
 
     def play(
         self,
@@ -84,27 +88,29 @@ class ModelPolicy:
         )
         seconds = (self._now() - start) / len(groups)
         prompt_tokens = rollout.attention_mask[:, 0, : rollout.prompt_length].sum(-1).tolist()
-        if self.keep_gates:
-            self._note_gates(groups, rollout)
+        self._inspect(groups, rollout)
         costs = [_cost(group, count, seconds) for group, count in zip(groups, prompt_tokens, strict=True)]
         return Played(groups, costs)
 
-    def take_gates(self, threads: Sequence[Thread]) -> list[tuple[float, ...] | None]:
-        """The gates at the tokens of threads played since the last call, None for others; forgets them all.
+    def take_inspections(self, threads: Sequence[Thread]) -> list[Inspection | None]:
+        """The threads played since the last call token by token, None for others; forgets them all.
 
         Threads are known by identity: a method hands on those that it got.
         """
-        noted, self._gates = self._gates, {}
+        noted, self._inspected = self._inspected, {}
         return [noted[id(thread)][1] if id(thread) in noted else None for thread in threads]
 
     def prompt_tokens(self, text: str) -> int:
         """How many tokens the prompt around ``text`` has."""
         return len(self.task.template.encode_prompt(text, self.tokenizer))
 
-    def _note_gates(self, groups: Sequence[Group], rollout: Rollout) -> None:
-        for group, rows in zip(groups, token_gates(self.model, rollout, groups) or [], strict=False):
-            # The thread is kept too, lest another object get its identity.
-            self._gates |= {id(thread): (thread, row) for thread, row in zip(group.threads, rows, strict=True)}
+    def _inspect(self, groups: Sequence[Group], rollout: Rollout) -> None:
+        looks = self.keep_gates or self.keep_reads
+        looked = look(self.model, rollout, groups, self.keep_reads) if looks else None
+        for index, group in enumerate(groups):
+            for n, thread in enumerate(group.threads):
+                # The thread is kept too, lest another object get its identity.
+                self._inspected[id(thread)] = (thread, self._inspector.thread(n, thread, looked, index))
 
     def _now(self) -> float:
         """Seconds on a clock, once the device has done all its work."""
@@ -167,8 +173,8 @@ class PolicySpec:
                 digest.update(hashlib.file_digest(file, "blake2b").digest())
         return digest.hexdigest()
 
-    def build(self, task: Task, keep_gates: bool = False) -> ModelPolicy:
-        """The policy with its weights on its device; ``keep_gates`` as of :class:`ModelPolicy`.
+    def build(self, task: Task, keep_gates: bool = False, keep_reads: bool = False) -> ModelPolicy:
+        """The policy with its weights on its device; ``keep_gates`` and ``keep_reads`` as of :class:`ModelPolicy`.
 
         Raises:
             ValueError: tokenizer, weights and model do not belong together.
@@ -180,7 +186,7 @@ class PolicySpec:
         if self.exchange is not None:
             model.load_exchange(self.exchange)
         model.requires_grad_(False).eval().to(self._device())
-        return ModelPolicy(model, task, tokenizer, self.decoding, self.max_length, keep_gates)
+        return ModelPolicy(model, task, tokenizer, self.decoding, self.max_length, keep_gates, keep_reads)
 
     def _device(self) -> str:
         if self.device != "auto":

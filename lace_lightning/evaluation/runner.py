@@ -110,12 +110,12 @@ class Runner:
                 "another order: a method returns one per problem, in order"
             )
         threads = [passage.thread for outcome in outcomes for passage in outcome.passages]
-        take_gates = getattr(policy, "take_gates", lambda threads: [None] * len(threads))
-        gates, verdicts = iter(take_gates(threads)), iter(judge(policy, outcomes))
+        inspect = getattr(policy, "take_inspections", lambda threads: [None] * len(threads))
+        inspections, verdicts = iter(inspect(threads)), iter(judge(policy, outcomes))
         records = []
         for outcome in outcomes:
-            own = [(next(verdicts), next(gates)) for _ in outcome.passages]
-            of_passages = ([verdict for verdict, _ in own], [gate for _, gate in own])
+            own = [(next(verdicts), next(inspections)) for _ in outcome.passages]
+            of_passages = ([verdict for verdict, _ in own], [inspection for _, inspection in own])
             records.append(make_judged(job.benchmark, job.method_name, job.seed, outcome, *of_passages))
         return with_statistics(records, self._embedder)
 

@@ -55,6 +55,8 @@ class EvaluationSpec:
         reference: method that the others are compared with; null: the first one.
         embedder: of thoughts, for ``expl``; null: hashed word n-grams.
         gates: record the mean gate at every token of models with an exchange, by one more forward pass.
+        reads: record too which tokens of other threads each token read most, for the thread viewer; that pass holds the
+            attention weights of all layers, of one group at a time.
         tracking: what goes to MLflow; null: nothing.
 
     Raises:
@@ -70,6 +72,7 @@ class EvaluationSpec:
     reference: str | None = None
     embedder: Embedder | None = None
     gates: bool = False
+    reads: bool = False
     tracking: TrackingSpec | None = None
 
     def __post_init__(self) -> None:
@@ -127,7 +130,7 @@ def evaluate(spec: EvaluationSpec, meanings: Mapping[str, Mapping[str, Any]], st
         progress = start(sum(len(left) for _, _, jobs in todo for _, left in jobs))
         for benchmark, name, jobs in todo:
             if any(left for _, left in jobs):
-                model = spec.policies[name].build(spec.benchmarks[benchmark].task, spec.gates)
+                model = spec.policies[name].build(spec.benchmarks[benchmark].task, spec.gates, spec.reads)
                 for job, left in jobs:
                     _run(job, left, model, spec, store, progress)
 

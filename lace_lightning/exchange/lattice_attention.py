@@ -160,4 +160,5 @@ def _reading(layer_idx: int, gate: Tensor, weights: Tensor, mask: LatticeMask, l
         cross_share=torch.where(taking_part, 1 - own / total, torch.nan),
         thread_share=counted / counted.sum(-1, keepdim=True).clamp_min(torch.finfo(counted.dtype).tiny),
         visible=lattice.visible,
+        weights=weights.mean(1) if lattice.keep_weights else None,
     )

@@ -13,6 +13,7 @@ from lace_lightning.evaluation.report import markdown, sheets
 from lace_lightning.evaluation.store import read_outcomes
 from lace_lightning.evaluation.summary import BenchmarkSummary
 from lace_lightning.tracking.logger import MLflowLogger
+from lace_lightning.viewer.folder import VIEWER
 
 if TYPE_CHECKING:
     from lace_lightning.evaluation.spec import TrackingSpec
@@ -24,7 +25,7 @@ INTEREST = ("found but not chosen", "chosen right", "not found")
 def log_evaluation(
     folder: str | Path, summaries: Sequence[BenchmarkSummary], tracking: TrackingSpec, settings: dict[str, Any]
 ) -> str:
-    """Log a finished evaluation; returns the id of its run.
+    """Log a finished evaluation, whose folder has its viewer's page; returns the id of its run.
 
     Raises:
         TrackingError: the store does not answer.
@@ -36,6 +37,7 @@ def log_evaluation(
         rows = [dict(zip(sheet.columns, row, strict=True)) for row in sheet.rows]
         logger.log_table(rows, sheet.title.replace(":", "").replace(" ", "_"))
     logger.log_text(markdown(summaries), "report.md")
+    logger.log_text(Path(folder, VIEWER).read_text(encoding="utf-8"), VIEWER)
     run_id = str(logger.run_id)
     log_traces(chosen_for_traces(read_outcomes(folder), tracking.max_traces), logger.tracking_uri, run_id)
     logger.finalize("success")
