@@ -105,9 +105,9 @@ EXCHANGES: dict[str, ExchangeConfig] = {
     "top-k": ConfidentAttentionConfig(**_SMALL),
     "aligned-top-k": ConfidentAttentionConfig(**_SMALL, scope="aligned"),
     "window-top-k": ConfidentAttentionConfig(**_SMALL, scope="window", window=3, top_k=5),
-    "shared": SharedVisibilityConfig(),
+    "shared": SharedVisibilityConfig(stride=0),
     "shared-slots": SharedVisibilityConfig(stride=11),
-    "shared-gated": SharedVisibilityConfig(gated=True),
+    "shared-gated": SharedVisibilityConfig(stride=0, gated=True),
 }
 WITHOUT_IDENTITY_START = ("shared", "shared-slots")
 """They have no weights that could start at zero: threads read each other from the start."""

@@ -69,7 +69,7 @@ def reference(
     return out
 
 
-def shared(config: SharedVisibilityConfig = SharedVisibilityConfig()):  # noqa: B008  (frozen)
+def shared(config: SharedVisibilityConfig = SharedVisibilityConfig(stride=0)):  # noqa: B008  (frozen)
     return config.build(Geometry(H * DIM, WIDTH, torch.float64, torch.device("cpu")))
 
 
@@ -102,7 +102,7 @@ def test_a_gate_adds_its_share_of_what_the_others_change():
     tensors, (prompt, visible) = own_attention(), prompt_and_visible()
     hidden = reference(*tensors, prompt, visible, 1.0, with_others=False)
     hidden = torch.cat([torch.zeros(B, N, P, H * DIM, dtype=torch.float64), hidden], dim=2)
-    block = shared(SharedVisibilityConfig(gated=True))
+    block = shared(SharedVisibilityConfig(stride=0, gated=True))
     closed = read_together(block, tensors, prompt, visible, hidden, scaling=1.0)
     assert torch.equal(closed, hidden[:, :, P:])
     with torch.no_grad():
@@ -178,7 +178,7 @@ def reference_confident(
     for b, n, t in itertools.product(range(batch), range(threads), range(columns)):
         own = [s for s in range(t + 1) if visible[b, n, s]]
         z = [weights["down.weight"] @ hidden[b, n, s] for s in own]
-        values = [torch.sigmoid(weights["confidence.weight"][0] @ x + weights["confidence.bias"][0]) for x in z]
+        values = [torch.sigmoid(weights["confidence.weight"][0] @ x) for x in z]
         rows.append(sum(values) / len(values) if values else torch.zeros((), dtype=torch.float64))
     mean = torch.stack(rows).view(batch, threads, columns)
     out = hidden.clone()

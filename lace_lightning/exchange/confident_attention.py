@@ -47,7 +47,7 @@ class ConfidentAttentionConfig(LatticeAttentionConfig):
 class ConfidentAttention(LatticeAttention):
     """Lattice attention in which other threads are weighed by a learned confidence, and only the best are read.
 
-    A token's confidence is c = sigmoid(w Z + b), in (0, 1). C(m, t), the mean of c over thread m's tokens up to t,
+    A token's confidence is c = sigmoid(w Z), in (0, 1). C(m, t), the mean of c over thread m's tokens up to t,
     ranks the threads m that a token (n, t) may read at all, n itself left out. With C' the (top_k + 1)-th largest, or
     0, thread m gets the weight a(m) = 1 - exp(-(C(m, t) - C') / margin) if C(m, t) > C', else 0, and its scores get
     + log a(m).
@@ -62,7 +62,7 @@ class ConfidentAttention(LatticeAttention):
     def __init__(self, config: ConfidentAttentionConfig, geometry: Geometry) -> None:
         super().__init__(config, geometry)
         factory: dict[str, Any] = {"dtype": geometry.dtype, "device": geometry.device}
-        self.confidence = nn.Linear(config.width, 1, **factory)
+        self.confidence = nn.Linear(config.width, 1, bias=False, **factory)
 
     def _bias(self, z: Tensor, mask: LatticeMask, lattice: Lattice, layer_idx: int) -> Tensor:
         num_threads = lattice.num_threads

@@ -23,7 +23,8 @@ class SharedVisibilityConfig(ExchangeConfig):
 
     Args:
         stride: thread n's k-th token after the prompt of P tokens stands at position P + n * stride + k of the
-            backbone. Group Think's slots need a stride of at least the longest thread; 0: all threads share one range.
+            backbone: Group Think's slots, at least as long as the longest thread. With 0 all threads share one range,
+            and a thread cannot tell others' tokens from its own.
         gated: learn one scalar per layer, 0 at the start, by which the difference that the others make is multiplied;
             otherwise there are no weights, and threads read each other from the start.
 
@@ -31,7 +32,7 @@ class SharedVisibilityConfig(ExchangeConfig):
         ValueError: a negative stride, or ``reads_prompt``.
     """
 
-    stride: int = 0
+    stride: int = 1024
     gated: bool = False
 
     def __post_init__(self) -> None:
