@@ -166,7 +166,7 @@ class Lattice:
         skip: leading columns of the backbone's tensors that stand before these L (the prompt).
         cache: what earlier passes left, in decoding.
         readings: a list that lattice layers append to, or None.
-        prompt: (B, P) bool, the real tokens of the prompt before lattice time 0; None: all of them.
+        prompt: (B, P) bool, which of the prompt's columns before this lattice hold real tokens; None: it has none.
         is_packed: the backbone's rows are whole groups (:mod:`lace_lightning.packing`), not threads.
         rotations: what exchanges made of the positions of this pass, by their settings, for all layers.
     """

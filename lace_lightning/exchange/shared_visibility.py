@@ -77,7 +77,7 @@ class SharedVisibility(Exchange):
         query = _time_major(own.query[:, :, lattice.skip :], lattice)
         query = query.masked_fill(~_time_major(lattice.visible.flatten(0, 1)[:, None, :, None], lattice), 0.0)
         key, value = (_all_positions(x, lattice, query.shape[1]) for x in (own.key, own.value))
-        mask, scale = _joint_mask(lattice, key.shape[2]), own.options.get("scaling")
+        mask, scale = _joint_mask(lattice), own.options.get("scaling")
         read = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
         read = _by_position(read.transpose(1, 2).flatten(2), shape)
         reads_others = _by_position(lattice.mask(_OTHERS).reads_anything[:, 0], shape)
@@ -85,8 +85,8 @@ class SharedVisibility(Exchange):
         return read if self.gate is None else self.gate * read
 
     def prepare(self, lattice: Lattice) -> None:
+        _joint_mask(lattice)
         lattice.mask(_OTHERS).reads_anything  # noqa: B018  (made once, kept)
-        lattice.mask(_ALL).dense  # noqa: B018
 
 
 def _time_major(x: Tensor, lattice: Lattice) -> Tensor:
@@ -104,27 +104,25 @@ def _all_positions(x: Tensor, lattice: Lattice, heads: int) -> Tensor:
 
     What stands at positions that nobody may read may be anything, also not finite: it becomes 0.
     """
-    prompt = x.shape[2] - lattice.mask(_ALL).key_visible.shape[1] // lattice.num_threads
+    prompt = 0 if lattice.prompt is None else lattice.prompt.shape[1]
     x = torch.cat([x[:: lattice.num_threads, :, :prompt], _time_major(x[:, :, prompt:], lattice)], dim=2)
-    x = x.masked_fill(~_visible(lattice, x.shape[2])[:, None, :, None], 0.0)
+    x = x.masked_fill(~_visible(lattice)[:, None, :, None], 0.0)
     return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def _visible(lattice: Lattice, num_keys: int) -> Tensor:
+def _visible(lattice: Lattice) -> Tensor:
     """(B, P + K) bool: the prompt's real tokens and the visible positions of the lattice."""
     positions = lattice.mask(_ALL).key_visible
-    if num_keys == positions.shape[1]:
-        return positions
-    prompt = positions.new_ones(len(positions), num_keys - positions.shape[1])
-    return torch.cat([prompt if lattice.prompt is None else lattice.prompt, positions], dim=1)
+    return positions if lattice.prompt is None else torch.cat([lattice.prompt, positions], dim=1)
 
 
-def _joint_mask(lattice: Lattice, num_keys: int) -> Tensor:
+def _joint_mask(lattice: Lattice) -> Tensor:
     """(B, 1, Q, P + K) bool: the prompt's real tokens, and what is visible up to the query's column; made once."""
     mask = lattice.mask(_ALL)
     if "joint" not in mask.made:
-        prompt = _visible(lattice, num_keys)[:, None, None, : num_keys - mask.key_visible.shape[1]]
-        joint = torch.cat([prompt.expand(-1, -1, mask.num_queries, -1), mask.dense], dim=-1)
+        joint = mask.dense
+        if lattice.prompt is not None:
+            joint = torch.cat([lattice.prompt[:, None, None].expand(-1, -1, mask.num_queries, -1), joint], dim=-1)
         # A row of a waiting column may be empty: let it read all, it is dropped.
         mask.made["joint"] = joint | ~joint.any(-1, keepdim=True)
     return mask.made["joint"]
