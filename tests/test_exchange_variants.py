@@ -267,6 +267,13 @@ def test_the_choice_is_continuous_where_two_threads_change_places():
     assert (apply(block, up, full) - apply(block, down, full)).abs().max() < 1e-6
 
 
+def test_gradients_are_finite_however_hard_the_choice():
+    hidden, visible = lattice_input()
+    block = build(ConfidentAttentionConfig(**STILL | {"margin": 1e-4}), torch.float32)
+    for gradient in values_and_gradients(block, hidden.float(), visible, functional().float()).values():
+        assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize(
     "settings, named",
     [

@@ -70,7 +70,7 @@ class ConfidentAttention(LatticeAttention):
         readable = mask.dense[:, 0].unflatten(-1, (-1, num_threads)).any(-2)  # (B', Q, N)
         readable = readable.view(*z.shape[:2], num_threads, num_threads) & ~own  # (B, L, N, N): who reads whom
         ranked = self._confidences(z, lattice, layer_idx)[:, :, None].masked_fill(~readable, 0.0)
-        excess = ranked - self._cut(ranked)
+        excess = (ranked - self._cut(ranked)).clamp_min(0.0)  # exp would overflow below, and make gradients of NaN
         is_read = readable & (excess > 0)
         # log(1) where nothing is read: the logarithm of 0 would make gradients of NaN.
         weight = torch.where(is_read, -torch.expm1(-excess / self.config.margin), 1.0)
