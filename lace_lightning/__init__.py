@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lace_lightning.decoding import Environment, Group, Sampling, Thread
     from lace_lightning.exchange import (
+        ConfidentAttention,
+        ConfidentAttentionConfig,
         Exchange,
         ExchangeConfig,
         Isolated,
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
         LatticeAttentionConfig,
         SameStepConfig,
         SameStepExchange,
+        SharedVisibility,
+        SharedVisibilityConfig,
     )
     from lace_lightning.tasks import Puzzle, Task, Verdict
     from lace_lightning.threaded_lm import ThreadedLM
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ConfidentAttention",
+    "ConfidentAttentionConfig",
     "Environment",
     "Exchange",
     "ExchangeConfig",
@@ -37,6 +43,8 @@ __all__ = [
     "SameStepConfig",
     "SameStepExchange",
     "Sampling",
+    "SharedVisibility",
+    "SharedVisibilityConfig",
     "Tag",
     "Task",
     "Template",
@@ -50,6 +58,8 @@ __all__ = [
 _NAMES = {
     "decoding": ("Environment", "Group", "Sampling", "Thread"),
     "exchange": (
+        "ConfidentAttention",
+        "ConfidentAttentionConfig",
         "Exchange",
         "ExchangeConfig",
         "Isolated",
@@ -57,6 +67,8 @@ _NAMES = {
         "LatticeAttentionConfig",
         "SameStepConfig",
         "SameStepExchange",
+        "SharedVisibility",
+        "SharedVisibilityConfig",
     ),
     "tasks": ("Puzzle", "Task", "Verdict"),
     "threaded_lm": ("ThreadedLM",),

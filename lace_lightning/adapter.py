@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,9 @@ def load_exchange(model: ThreadedLM, folder: Path) -> None:
     """
     settings, tensors = _read_settings(folder), _read_tensors(folder)
     ours = _settings(model)
+    if settings.get("exchange") == ours["exchange"] and isinstance(config := settings.get("config"), dict):
+        # A setting that is younger than the file was at its default.
+        settings["config"] = {f.name: f.default for f in fields(model.exchange_config) if f.name != "backend"} | config
     differing = [key for key in ours if ours[key] != settings.get(key)]
     if differing:
         raise ValueError(

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lace_lightning.exchange.base import Geometry
+from lace_lightning.exchange.base import Geometry, OwnAttention
 from lace_lightning.lattice import Lattice
 from lace_lightning.packing import pack, unpack
 
@@ -174,7 +174,8 @@ def _threaded_attention(inner: str) -> Callable[..., tuple[Tensor, Tensor | None
         # A vision tower of the same model has no layer index, and no lattice either.
         here = None if lattice is None else lattice.at("attention", module.layer_idx)
         if here is not None:
-            out = here.apply(out.flatten(2)).view_as(out)
+            own = OwnAttention(query, key, value, kwargs) if here.exchange.reads_keys else None
+            out = here.apply(out.flatten(2), own).view_as(out)
         return out, weights
 
     return attention

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lace_lightning.exchange.base import Exchange, Site
+    from lace_lightning.exchange.base import Exchange, OwnAttention, Site
 
 Scope = Literal["causal", "aligned", "window"]
 Own = Literal["include", "exclude", "only"]
@@ -111,6 +111,7 @@ class LatticeCache:
 
     def __init__(self) -> None:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._totals: dict[int, Tensor] = {}
         self._visible: Tensor | None = None
 
     def extend_visible(self, visible: Tensor) -> Tensor:
@@ -125,6 +126,13 @@ class LatticeCache:
             key, value = torch.cat([old_key, key], dim=2), torch.cat([old_value, value], dim=2)
         self._layers[layer_idx] = (key, value)
         return key, value
+
+    def add_up(self, layer_idx: int, totals: Tensor) -> Tensor:
+        """Totals (B, columns, …) of one layer over the columns of this pass, with those of earlier passes added."""
+        if layer_idx in self._totals:
+            totals = totals + self._totals[layer_idx]
+        self._totals[layer_idx] = totals[:, -1:]
+        return totals
 
 
 @dataclass(frozen=True)
@@ -162,6 +170,7 @@ class Lattice:
         cache: what earlier passes left, in decoding.
         readings: a list that lattice layers append to, or None.
         keep_weights: readings keep all attention weights.
+        prompt: (B, P) bool, which of the prompt's columns before this lattice hold real tokens; None: it has none.
         is_packed: the backbone's rows are whole groups (:mod:`lace_lightning.packing`), not threads.
         rotations: what exchanges made of the positions of this pass, by their settings, for all layers.
     """
@@ -173,6 +182,7 @@ class Lattice:
     cache: LatticeCache | None = None
     readings: list[Reading] | None = None
     keep_weights: bool = False
+    prompt: Tensor | None = None
     is_packed: bool = False
     rotations: dict[Any, Any] = field(default_factory=dict, init=False)
     _masks: dict[Topology, LatticeMask] = field(default_factory=dict)
@@ -210,18 +220,19 @@ class Lattice:
         exchange = self.exchanges.get(layer_idx)
         return LayerLattice(self, exchange, layer_idx) if exchange is not None and exchange.site == site else None
 
-    def apply(self, exchange: Exchange, layer_idx: int, hidden: Tensor) -> Tensor:
+    def apply(self, exchange: Exchange, layer_idx: int, hidden: Tensor, own: OwnAttention | None = None) -> Tensor:
         """Add what the exchange says to the participating positions of ``hidden``.
 
-        ``hidden`` has one row per thread, (B * N, skip + L, D), or packed one per group, (B, skip + N * L, D).
+        ``hidden`` has one row per thread, (B * N, skip + L, D), or packed one per group, (B, skip + N * L, D). ``own``
+        goes to exchanges that read keys.
         """
         rows = hidden[:, self.skip :].reshape(*self.visible.shape, hidden.shape[-1])
         if self._is_full:
-            rows = rows + exchange(rows, self, layer_idx)
+            rows = rows + exchange(rows, self, layer_idx, own)
         else:
             invisible = ~self.visible[..., None]
             # What invisible positions computed may be anything, also not finite: a zero weight would not keep it out.
-            read = exchange(rows.masked_fill(invisible, 0.0), self, layer_idx)
+            read = exchange(rows.masked_fill(invisible, 0.0), self, layer_idx, own)
             rows = rows + read.masked_fill(invisible, 0.0)
         rows = rows.reshape(len(hidden), -1, hidden.shape[-1])
         return rows if self.skip == 0 else torch.cat([hidden[:, : self.skip], rows], dim=1)
@@ -243,6 +254,6 @@ class LayerLattice:
         """This, if the exchange acts at this site."""
         return self if self.exchange.site == site else None
 
-    def apply(self, hidden: Tensor) -> Tensor:
+    def apply(self, hidden: Tensor, own: OwnAttention | None = None) -> Tensor:
         """As :meth:`Lattice.apply`."""
-        return self.lattice.apply(self.exchange, self.layer_idx, hidden)
+        return self.lattice.apply(self.exchange, self.layer_idx, hidden, own)

@@ -205,10 +205,20 @@ class ThreadedLM(nn.Module):
             (rows, L_new, D) hidden states.
         """
         if "position_ids" not in kwargs:
-            kwargs["position_ids"] = token_positions(attention_mask)[:, -input_ids.shape[1] :]
+            kwargs["position_ids"] = self._positions(attention_mask, lattice, input_ids.shape[1])
         return decoder_of(self.backbone)(
             input_ids=input_ids, attention_mask=attention_mask, lattice=lattice, **{"use_cache": False, **kwargs}
         ).last_hidden_state
+
+    def _positions(self, attention_mask: Tensor, lattice: Lattice | None, columns: int) -> Tensor:
+        """(rows, columns) positions of the last columns, with those of threads set apart if the exchange wants it."""
+        positions = token_positions(attention_mask)[:, -columns:]
+        stride = self.exchange_config.position_stride
+        if lattice is None or not stride:
+            return positions
+        threads = torch.arange(lattice.num_threads, device=positions.device).repeat(len(lattice.visible))
+        after_prompt = torch.arange(columns, device=positions.device) >= lattice.skip
+        return positions + stride * threads[:, None] * after_prompt
 
     def _hidden(self, input_ids: Tensor, attention_mask: Tensor, lattice: Lattice) -> Tensor:
         """(B, N, L, D) output of the decoder."""
@@ -233,7 +243,8 @@ class ThreadedLM(nn.Module):
         if not (can_pack and lattice.skip == prompt_length and packing.pays(input_ids, attention_mask, prompt_length)):
             return self._hidden(input_ids, attention_mask, lattice)
         lattice.is_packed = True
-        ids, positions = (packing.pack(x, prompt_length) for x in (input_ids, token_positions(attention_mask)))
+        positions = self._positions(attention_mask.flatten(0, 1), lattice, columns).view(input_ids.shape)
+        ids, positions = (packing.pack(x, prompt_length) for x in (input_ids, positions))
         rows = self.run(ids, attention_mask.flatten(0, 1), lattice, position_ids=positions)
         return packing.unpack(rows, lattice.num_threads, prompt_length)
 
@@ -241,7 +252,12 @@ class ThreadedLM(nn.Module):
         """The lattice of a pass from the first column on; lattice time 0 is the first column after the prompt."""
         skip = 0 if self.exchange_config.reads_prompt else prompt_length
         return Lattice(
-            self.exchange_at, attention_mask[..., skip:].bool(), first_time=skip - prompt_length, skip=skip, cache=cache
+            self.exchange_at,
+            attention_mask[..., skip:].bool(),
+            first_time=skip - prompt_length,
+            skip=skip,
+            cache=cache,
+            prompt=attention_mask[:, 0, :skip].bool(),
         )
 
     @property

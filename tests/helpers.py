@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -26,7 +26,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from lace_lightning.exchange import ExchangeConfig, LatticeAttentionConfig, SameStepConfig
+from lace_lightning.exchange import (
+    ConfidentAttentionConfig,
+    ExchangeConfig,
+    LatticeAttentionConfig,
+    SameStepConfig,
+    SharedVisibility,
+    SharedVisibilityConfig,
+)
 from lace_lightning.exchange.flash import Kernel
 from lace_lightning.threaded_lm import ThreadedLM
 
@@ -94,7 +101,25 @@ EXCHANGES: dict[str, ExchangeConfig] = {
     "aligned-on-prompt": LatticeAttentionConfig(**_SMALL, scope="aligned", own="exclude", reads_prompt=True),
     "same-step": SameStepConfig(**_SMALL),
     "same-step-others": SameStepConfig(**_SMALL, own="exclude"),
+    "ungated": LatticeAttentionConfig(**_SMALL, gate="none"),
+    "top-k": ConfidentAttentionConfig(**_SMALL),
+    "aligned-top-k": ConfidentAttentionConfig(**_SMALL, scope="aligned"),
+    "window-top-k": ConfidentAttentionConfig(**_SMALL, scope="window", window=3, top_k=5),
+    "shared": SharedVisibilityConfig(stride=0),
+    "shared-slots": SharedVisibilityConfig(stride=11),
+    "shared-gated": SharedVisibilityConfig(stride=0, gated=True),
 }
+WITHOUT_IDENTITY_START = ("shared", "shared-slots")
+"""They have no weights that could start at zero: threads read each other from the start."""
+FULL_ATTENTION = ("qwen3", "llama")
+"""Backbones without sliding windows and soft caps: the only ones whose keys threads may share."""
+
+
+def can_join(exchange: str, backbone: str) -> bool:
+    """Whether a backbone can carry an exchange."""
+    return backbone in FULL_ATTENTION or not isinstance(EXCHANGES[exchange], SharedVisibilityConfig)
+
+
 BACKENDS = ("eager", "sdpa", "folded", "pointwise", "flex", "flash")
 
 
@@ -113,9 +138,7 @@ class Case:
     @property
     def config(self) -> ExchangeConfig:
         config = EXCHANGES[self.exchange]
-        if isinstance(config, LatticeAttentionConfig):
-            config = LatticeAttentionConfig(**{**vars(config), "backend": self.backend})
-        return config
+        return replace(config, backend=self.backend) if self.backend != "auto" else config
 
     @property
     def crosses(self) -> bool:
@@ -132,22 +155,27 @@ _ON = {
 CASES = [
     Case("qwen3", "sdpa", name, backend)
     for name, config in EXCHANGES.items()
-    for backend in (BACKENDS if isinstance(config, LatticeAttentionConfig) else ("auto",))
+    for backend in (BACKENDS if type(config) is LatticeAttentionConfig else ("auto",))
     if name in _ON.get(backend, EXCHANGES)
 ] + [
     Case(*body, name)
     for body in BODIES
     if body != ("qwen3", "sdpa")
-    for name in ("causal", "window-others", "same-step")
+    for name in ("causal", "window-others", "same-step", "shared-slots")
+    if can_join(name, body[0])
 ]
 """Every exchange on every backend on one backbone, and a wide, a narrow and a layer exchange on every other one."""
 
 
 def wake(model: ThreadedLM, seed: int = 1) -> ThreadedLM:
-    """Give the zero-started W_up random weights, and the queries and keys some contrast."""
+    """Give the zero-started W_up random weights, and the queries and keys some contrast; open closed gates."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for block in model.exchanges.values():
+            if isinstance(block, SharedVisibility):
+                if block.gate is not None:
+                    block.gate.fill_(0.8)
+                continue
             block.up.weight.copy_(torch.randn(block.up.weight.shape, generator=generator) * 0.4)
             block.qkv.weight.copy_(torch.randn(block.qkv.weight.shape, generator=generator) * 0.5)
     return model

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lace_lightning.adapter import read_exchange_config
 from lace_lightning.exchange import Isolated, LatticeAttentionConfig
 from lace_lightning.threaded_lm import ThreadedLM
 from tests.helpers import EXCHANGES, ragged_groups, tiny_backbone, tiny_lm
@@ -15,7 +16,9 @@ def fresh(exchange=EXCHANGES["causal"], layers=(1, 2)) -> ThreadedLM:
     return ThreadedLM(tiny_backbone(), exchange, layers=layers).eval()
 
 
-@pytest.mark.parametrize("exchange", ["causal", "window-others", "same-step"])
+@pytest.mark.parametrize(
+    "exchange", ["causal", "window-others", "same-step", "ungated", "top-k", "shared", "shared-gated"]
+)
 def test_a_saved_exchange_comes_back_bitwise(exchange, tmp_path):
     model, tokens = tiny_lm(EXCHANGES[exchange]), ragged_groups()
     model.save_exchange(tmp_path / "deep" / "adapter")
@@ -52,6 +55,16 @@ def test_the_backend_is_no_property_of_the_weights(tmp_path):
 def test_an_exchange_without_weights_saves_and_loads_too(tmp_path):
     fresh(Isolated()).save_exchange(tmp_path)
     fresh(Isolated()).load_exchange(tmp_path)
+
+
+def test_settings_that_did_not_exist_when_the_file_was_written_were_at_their_defaults(tmp_path):
+    tiny_lm(EXCHANGES["causal"]).save_exchange(tmp_path)
+    settings = json.loads((tmp_path / "exchange.json").read_text())
+    del settings["config"]["gate"]
+    (tmp_path / "exchange.json").write_text(json.dumps(settings))
+    fresh().load_exchange(tmp_path)
+    assert read_exchange_config(tmp_path) == (EXCHANGES["causal"], [1, 2])
+    refused(fresh(EXCHANGES["ungated"]), tmp_path, "config is .*'sigmoid'.* there and .*'none'.* here")
 
 
 def refused(model: ThreadedLM, folder, message: str) -> None:

@@ -60,7 +60,7 @@ def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        *(EXCHANGES[name] for name in ("aligned-others", "same-step")),
+        *(EXCHANGES[name] for name in ("aligned-others", "same-step", "top-k", "shared-slots")),
         # By name: "auto" changes its mind within these lengths.
         *(LatticeAttentionConfig(width=16, heads=2, backend=backend) for backend in ("sdpa", "flash")),
     ],

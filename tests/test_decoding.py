@@ -77,7 +77,7 @@ def rescored(model: ThreadedLM, rollout: Rollout) -> Tensor:
 
 
 def has_fast_engine(case: Case) -> bool:
-    return case.backbone in ("qwen3", "llama") and "on-prompt" not in case.exchange
+    return case.backbone in ("qwen3", "llama") and "on-prompt" not in case.exchange and "shared" not in case.exchange
 
 
 ON_ENGINES = [(case, "plain") for case in CASES if case.backend != "flex"]

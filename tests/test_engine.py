@@ -29,7 +29,9 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-yarn": ("llama", {"rope_parameters": YARN}),  # rotary tables with a factor
     "mistral": ("mistral", {"sliding_window": None}),
 }
-TAKEN = {"isolated": Isolated(), **{n: c for n, c in EXCHANGES.items() if not c.reads_prompt}}
+LEFT = ("shared", "shared-slots", "shared-gated")
+"""Exchanges that act within the backbone's own attention."""
+TAKEN = {"isolated": Isolated(), **{n: c for n, c in EXCHANGES.items() if not c.reads_prompt and n not in LEFT}}
 
 
 def model_of(base: str, changes: dict[str, Any], exchange: ExchangeConfig) -> ThreadedLM:
@@ -133,6 +135,7 @@ REFUSED: dict[str, tuple[Callable[[], ThreadedLM], str]] = {
     "rotary": (lambda: model_of("llama", {"rope_parameters": DYNAMIC}, Isolated()), "depend on the length .dynamic"),
     "dtype": (lambda: mixed(tiny_lm(TAKEN["causal"], "llama")), "differ in dtype"),
     "prompt": (lambda: tiny_lm(EXCHANGES["on-prompt"]), "on the prompt"),
+    "shared": (lambda: tiny_lm(EXCHANGES["shared-slots"]), "the backbone's own attention"),
 }
 
 
@@ -159,6 +162,8 @@ WIDE = {"head_dim": 16, "hidden_size": 64}
         (WIDE, lattice(width=16), "lattice's heads are 8 wide"),
         (WIDE, lattice(width=96), "lattice's heads are 48 wide"),
         (WIDE, EXCHANGES["same-step"], "know LatticeAttention, not SameStepExchange"),
+        (WIDE, EXCHANGES["top-k"], "know LatticeAttention, not ConfidentAttention"),
+        (WIDE, lattice(gate="none"), "need a gate"),
     ],
 )
 def test_kernels_have_their_own_reasons_on_cuda(changes, exchange, reason, monkeypatch):

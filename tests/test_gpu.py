@@ -225,7 +225,7 @@ def test_draws_are_the_same_numbers_as_on_the_cpu():
 
 
 def test_models_on_the_gpu_give_the_logits_of_the_cpu():
-    for name in ("causal", "aligned-others", "window", "same-step"):
+    for name in ("causal", "aligned-others", "window", "same-step", "ungated", "top-k", "shared-slots"):
         config = EXCHANGES[name]
         on_cpu = wake(ThreadedLM(tiny_backbone(), config, layers=[1, 2])).eval()
         tokens = ragged_groups()

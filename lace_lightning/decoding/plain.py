@@ -19,6 +19,7 @@ class PlainSteps:
         # Without a config every layer keeps all keys: a sliding window is then counted in real tokens, not columns.
         self._cache = DynamicCache()
         self._lattice_cache = LatticeCache()
+        self._prompt_mask = prompt_mask
         self._mask = prompt_mask.repeat_interleave(num_threads, 0)
         self._time = 0
         if model.exchange_config.reads_prompt and model.exchanges:
@@ -34,7 +35,13 @@ class PlainSteps:
     def step(self, tokens: Tensor, written: Tensor) -> Tensor:
         """Feed one column (B, N) of tokens; returns (B, N, V) float32 logits, undefined where nothing was written."""
         self._mask = torch.cat([self._mask, written.reshape(-1, 1)], dim=1)
-        lattice = Lattice(self._model.exchange_at, written[..., None], first_time=self._time, cache=self._lattice_cache)
+        lattice = Lattice(
+            self._model.exchange_at,
+            written[..., None],
+            first_time=self._time,
+            cache=self._lattice_cache,
+            prompt=self._prompt_mask,
+        )
         self._time += 1
         return self._forward(tokens.reshape(-1, 1), self._mask, lattice).view(self._batch, self._num_threads, -1)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from lace_lightning.backbone import causal_lm, decoder_of, text_config
-from lace_lightning.exchange import LatticeAttention, LatticeAttentionConfig
+from lace_lightning.exchange import Exchange, LatticeAttention, LatticeAttentionConfig
 from lace_lightning.threaded_lm import ThreadedLM
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -47,7 +47,8 @@ class SidePath:
 
     def __init__(self, block: LatticeAttention, o: Tensor) -> None:
         self.config: LatticeAttentionConfig = block.config
-        self._block, self._o = block, o
+        assert block.gate is not None  # blocks without one never come here
+        self._block, self._gate, self._o = block, block.gate, o
         r = block.config.width
         self.w_in = block.down.weight.new_empty(4 * r, block.down.in_features)
         self.w_out = o.new_empty(o.shape[0], r)
@@ -58,10 +59,10 @@ class SidePath:
     def refresh(self) -> None:
         """Merge again, into the same tensors: the weights may have been trained."""
         r, block = self.config.width, self._block
-        heads = torch.cat([block.qkv.weight, block.gate.weight[:, :r]])
+        heads = torch.cat([block.qkv.weight, self._gate.weight[:, :r]])
         self.w_in.copy_(_product(heads, block.down.weight))
         self.w_out.copy_(_product(self._o, block.up.weight))
-        self.w_gate.copy_(block.gate.weight[:, r:])
+        self.w_gate.copy_(self._gate.weight[:, r:])
 
 
 class DecoderWeights:
@@ -87,7 +88,7 @@ class DecoderWeights:
         self.sides = {
             i: SidePath(block, self.layers[i].o)
             for i, block in model.exchange_at.items()
-            if isinstance(block, LatticeAttention)
+            if _has_kernels(block) and block.config.gate == "sigmoid"
         }
 
     def refresh(self) -> None:
@@ -141,6 +142,8 @@ def obstacle(model: ThreadedLM, device: str | None = None) -> str | None:
         return "its weights differ in dtype"
     if model.exchange_config.reads_prompt and model.exchanges:
         return "threads exchange on the prompt (reads_prompt)"
+    if any(block.reads_keys for block in model.exchange_at.values()):
+        return "threads read each other in the backbone's own attention"
     on_cuda = (device or next(model.parameters()).device.type) == "cuda"
     return _kernel_obstacle(model, decoder.layers[0].self_attn.head_dim) if on_cuda else None
 
@@ -156,11 +159,18 @@ def _kernel_obstacle(model: ThreadedLM, head_dim: int) -> str | None:
     if not _fits_kernels(head_dim):
         return f"the backbone's heads are {head_dim} wide: kernels take powers of two from {MIN_WIDTH} on"
     for block in model.exchange_at.values():
-        if not isinstance(block, LatticeAttention):
+        if not _has_kernels(block):
             return f"its kernels know LatticeAttention, not {type(block).__name__}"
+        if block.config.gate == "none":
+            return "its kernels need a gate (gate: sigmoid)"
         if not _fits_kernels(block.config.dim):
             return f"the lattice's heads are {block.config.dim} wide: kernels take powers of two from {MIN_WIDTH} on"
     return None
+
+
+def _has_kernels(block: Exchange) -> TypeGuard[LatticeAttention]:
+    """Whether a block is lattice attention itself: variants of it read otherwise."""
+    return type(block) is LatticeAttention
 
 
 def _is_installed(name: str) -> bool:

@@ -34,9 +34,14 @@ MIN_FLEX_WIDTH = 16
 """Head width below which FlexAttention has no kernel on CUDA."""
 
 
-def attention_weights(q: Tensor, k: Tensor, mask: LatticeMask) -> Tensor:
-    """(B, h, Q, K) softmax weights; rows that may read nothing are all zero."""
+def attention_weights(q: Tensor, k: Tensor, mask: LatticeMask, bias: Tensor | None = None) -> Tensor:
+    """(B, h, Q, K) softmax weights; rows that may read nothing are all zero.
+
+    ``bias`` (B, 1, Q, K) is added to the scores.
+    """
     scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias
     scores = scores.masked_fill(~mask.dense, torch.finfo(scores.dtype).min)
     # An empty row is uniform after the softmax; the product makes it exactly zero, in values and gradients.
     return scores.softmax(-1) * mask.dense

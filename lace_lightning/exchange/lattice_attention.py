@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lace_lightning.exchange.backends import BACKENDS, Backend, Heads, attention_weights, choose
-from lace_lightning.exchange.base import Exchange, ExchangeConfig, Geometry
+from lace_lightning.exchange.base import Exchange, ExchangeConfig, Geometry, OwnAttention
 from lace_lightning.exchange.rotary import Rotation
 from lace_lightning.lattice import Lattice, LatticeMask, Own, Reading, Scope, Topology
+
+Gate = Literal["sigmoid", "none"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class LatticeAttentionConfig(ExchangeConfig):
         time_dims: d_t, how many of the d dims turn with lattice time; None: half of d.
         thread_dims: d_n, how many turn with the thread index; None: the other half.
         rotary_base: base of both rotary embeddings.
+        gate: ``sigmoid`` as in the paper, or ``none``: all that was read is added.
         gate_bias: start value of b_g; 0 opens every gate half.
         backend: attention backend: ``auto``, ``eager``, ``sdpa``, ``folded``, ``pointwise``, ``flex`` or ``flash``.
 
@@ -43,12 +46,17 @@ class LatticeAttentionConfig(ExchangeConfig):
     time_dims: int | None = None
     thread_dims: int | None = None
     rotary_base: float = 10_000.0
+    gate: Gate = "sigmoid"
     gate_bias: float = 0.0
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         if self.heads < 1 or self.width < 1 or self.width % self.heads:
             raise ValueError(f"exchange width={self.width} must be a positive multiple of heads={self.heads}")
+        if self.gate not in get_args(Gate):
+            raise ValueError(f"gate={self.gate!r} is unknown: choose one of {', '.join(get_args(Gate))}")
+        if self.gate == "none" and self.gate_bias:
+            raise ValueError(f"gate_bias={self.gate_bias} needs gate: sigmoid; gate: none has no bias")
         if self.backend != "auto" and self.backend not in BACKENDS:
             raise ValueError(f"backend={self.backend!r} is unknown: choose auto or one of {', '.join(BACKENDS)}")
         time_dims, thread_dims = self.rotary_dims
@@ -84,7 +92,8 @@ class LatticeAttentionConfig(ExchangeConfig):
 class LatticeAttention(Exchange):
     """The gated side path: down-projection, attention over the lattice, gate, zero-started up-projection.
 
-    The names of the paper: ``down`` is W_down (D_a -> r), ``qkv`` W_qkv, ``gate`` W_g and b_g, ``up`` W_up (r -> D_a).
+    The names of the paper: ``down`` is W_down (D_a -> r), ``qkv`` W_qkv, ``gate`` W_g and b_g
+    (None without a gate), ``up`` W_up (r -> D_a).
     """
 
     site = "attention"
@@ -97,24 +106,33 @@ class LatticeAttention(Exchange):
         factory: dict[str, Any] = {"dtype": geometry.dtype, "device": geometry.device}
         self.down = nn.Linear(geometry.attention_width, r, bias=False, **factory)
         self.qkv = nn.Linear(r, 3 * r, bias=False, **factory)
-        self.gate = nn.Linear(2 * r, r, **factory)
+        self.gate = nn.Linear(2 * r, r, **factory) if config.gate == "sigmoid" else None
         self.up = nn.Linear(r, geometry.attention_width, bias=False, **factory)
-        nn.init.constant_(self.gate.bias, config.gate_bias)
+        if self.gate is not None:
+            nn.init.constant_(self.gate.bias, config.gate_bias)
         nn.init.zeros_(self.up.weight)  # identity start: a fresh block adds exactly nothing
 
-    def forward(self, hidden: Tensor, lattice: Lattice, layer_idx: int) -> Tensor:
+    def forward(self, hidden: Tensor, lattice: Lattice, layer_idx: int, own: OwnAttention | None = None) -> Tensor:
         z = self.down(hidden.transpose(1, 2))  # (B, L, N, r): time-major, as the attention needs it
         q, k, v = self._project(z, lattice)
         mask = lattice.mask(self.config.topology)
         if lattice.cache is not None and self.config.scope != "aligned":
             k, v = lattice.cache.append(layer_idx, k, v)
-        backend = choose(self.config.backend, mask, self._heads(q.dtype))
-        read = backend.attend(q, k, v, mask).transpose(1, 2).reshape(z.shape)
-        gate = torch.sigmoid(self.gate(torch.cat([z, read], dim=-1)))
+        bias = self._bias(z, mask, lattice, layer_idx)
+        if bias is None:
+            read = choose(self.config.backend, mask, self._heads(q.dtype)).attend(q, k, v, mask)
+        else:
+            read = attention_weights(q, k, mask, bias).to(v.dtype) @ v
+        read = read.transpose(1, 2).reshape(z.shape)
+        gate = torch.ones_like(read) if self.gate is None else torch.sigmoid(self.gate(torch.cat([z, read], dim=-1)))
         if lattice.readings is not None:
-            weights = attention_weights(q, k, mask)
+            weights = attention_weights(q, k, mask, bias)
             lattice.readings.append(_reading(layer_idx, gate.transpose(1, 2), weights, mask, lattice))
         return self.up(gate * read).transpose(1, 2)
+
+    def _bias(self, z: Tensor, mask: LatticeMask, lattice: Lattice, layer_idx: int) -> Tensor | None:
+        """(B', 1, Q, K) to add to the scores, for variants that weigh threads; None: nothing."""
+        return None
 
     def prepare(self, lattice: Lattice) -> None:
         mask, device = lattice.mask(self.config.topology), lattice.visible.device.type

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lace_lightning.exchange.backends import Heads, choose
-from lace_lightning.exchange.base import Exchange, ExchangeConfig, Geometry
+from lace_lightning.exchange.base import Exchange, ExchangeConfig, Geometry, OwnAttention
 from lace_lightning.lattice import Lattice, Own, Topology
 
 
@@ -56,7 +56,7 @@ class SameStepExchange(Exchange):
         self.up = nn.Linear(config.width, geometry.hidden_size, bias=False, **factory)
         nn.init.zeros_(self.up.weight)
 
-    def forward(self, hidden: Tensor, lattice: Lattice, layer_idx: int) -> Tensor:
+    def forward(self, hidden: Tensor, lattice: Lattice, layer_idx: int, own: OwnAttention | None = None) -> Tensor:
         batch, num_threads, columns, _ = hidden.shape
         heads, dim = self.config.heads, self.config.width // self.config.heads
         qkv = self.qkv(self.norm(hidden)).view(batch, num_threads, columns, 3, heads, dim)
