@@ -4,6 +4,7 @@ from lace_lightning.callbacks.diversity import DiversityMonitor
 from lace_lightning.callbacks.gates import GateMonitor
 from lace_lightning.callbacks.graceful_stop import GracefulStop
 from lace_lightning.callbacks.group_writer import GroupWriter
+from lace_lightning.callbacks.lineage import Lineage
 from lace_lightning.callbacks.samples import SampleGroups
 from lace_lightning.callbacks.save_config import SaveConfig
 from lace_lightning.callbacks.stage_checkpoint import StageCheckpoint
@@ -15,6 +16,7 @@ __all__ = [
     "GateMonitor",
     "GracefulStop",
     "GroupWriter",
+    "Lineage",
     "SampleGroups",
     "SaveConfig",
     "StageCheckpoint",

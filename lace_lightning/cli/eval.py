@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -111,6 +112,14 @@ def _progress() -> Progress:
     )
 
 
+def _writers(spec: EvaluationSpec) -> list[str]:
+    """Ids of the runs that wrote the evaluated checkpoints."""
+    from lace_lightning.checkpoints import writer_of
+
+    found = [writer_of(path) for policy in spec.policies.values() for path in policy.init_from]
+    return [run for run in found if run is not None]
+
+
 def _check_tracking(spec: EvaluationSpec) -> None:
     """Reach the tracking store before the work, not after it."""
     if spec.tracking is not None:
@@ -157,6 +166,8 @@ def _render(folder: Path, reference: str | None, log: tuple[EvaluationSpec, dict
     if log is not None and log[0].tracking is not None:
         from lace_lightning.tracking.outcome_traces import log_evaluation
 
-        run_id = log_evaluation(folder, summaries, log[0].tracking, log[1])
+        run_id = log_evaluation(
+            folder, summaries, log[0].tracking, log[1], f"lace eval {shlex.join(sys.argv[2:])}", _writers(log[0])
+        )
         console.print(f"MLflow run {run_id} in experiment {log[0].tracking.experiment!r}", markup=False)
     return len(failures)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lace_lightning.callbacks import GracefulStop, SaveConfig, ValidationTable
+from lace_lightning.callbacks import GracefulStop, Lineage, SaveConfig, ValidationTable
 from lace_lightning.cli.main import STAGES, explain
 from lace_lightning.cli.shipped import with_shipped_configs
 from lace_lightning.datamodules.base import GroupData
@@ -87,7 +88,7 @@ def build(arguments: Sequence[str], run: bool = True, callbacks: Sequence[Callba
         trainer_defaults={
             "logger": {"class_path": "lace_lightning.tracking.MLflowLogger"},
             "plugins": [{"class_path": "lace_lightning.checkpoint_io.AtomicCheckpointIO"}],
-            "callbacks": list(callbacks),
+            "callbacks": [*callbacks, Lineage(f"lace {shlex.join(arguments)}")],
         },
         parser_kwargs={**raise_errors, **{stage: dict(raise_errors) for stage in STAGES}},
         args=with_shipped_configs(arguments),
