@@ -3,6 +3,7 @@
 from lace_lightning.callbacks.diversity import DiversityMonitor
 from lace_lightning.callbacks.gates import GateMonitor
 from lace_lightning.callbacks.graceful_stop import GracefulStop
+from lace_lightning.callbacks.group_traces import GroupTraces
 from lace_lightning.callbacks.group_writer import GroupWriter
 from lace_lightning.callbacks.lineage import Lineage
 from lace_lightning.callbacks.samples import SampleGroups
@@ -15,6 +16,7 @@ __all__ = [
     "DiversityMonitor",
     "GateMonitor",
     "GracefulStop",
+    "GroupTraces",
     "GroupWriter",
     "Lineage",
     "SampleGroups",

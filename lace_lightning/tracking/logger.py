@@ -95,6 +95,7 @@ class MLflowLogger(Logger):
         self._note: Note | None = None
         self._began = time.monotonic()
         self._commit: str | None = None
+        self._is_dirty = False
         self._params: dict[str, str] = {}
         self._last: dict[str, tuple[float, int, int]] = {}  # metric -> value, time, step
         self._weights_of: str | None = None
@@ -191,12 +192,12 @@ class MLflowLogger(Logger):
                 or, without it, from the parent run.
         """
         self._started()
-        note = Note(what, redact_lines(command), self._commit)
+        note = Note(what, redact_lines(command), self._commit, self._is_dirty)
         other = starts_from or self._parent_run_id
         if other is not None:
             verb = "Starts from the weights of" if starts_from else "Belongs to"
             name, params = self._look_up(other)
-            note.parent = f"{verb} run {name} (`{other}`)."
+            note.parent = f"{verb} run {name}."
             note.differences = None if params is None or starts_from is None else differences(params, self._params)
         self._note = note
         self.log_tag(NOTE, note.markdown(how_it_went("RUNNING", 0.0, None, {})))
@@ -249,13 +250,16 @@ class MLflowLogger(Logger):
         self._flush()
 
     def _look_up(self, run_id: str) -> tuple[str, dict[str, str] | None]:
-        """Name and parameters of a run; a store that is away, or another one, costs words of a description, no more."""
+        """Link and parameters of a run; a store that is away, or another one, costs words of a description, no more."""
         try:
             run = store.run_or_none(self._started().client, run_id)
         except Exception as error:
             log.warning("Run %s cannot be looked up for the description: %s", run_id, redact_uri(str(error)))
             run = None
-        return ("unknown", None) if run is None else (run.info.run_name, dict(run.data.params))
+        if run is None:
+            return f"`{run_id}`", None
+        page = f"#/experiments/{run.info.experiment_id}/runs/{run_id}"
+        return f"[{run.info.run_name}]({page})", dict(run.data.params)
 
     def _started(self) -> _Run:
         if self._run is None:
@@ -286,7 +290,7 @@ class MLflowLogger(Logger):
         if git is not None:
             self.log_text(json.dumps(git, indent=2), "run/git.json")
             self.log_text(run_info.git_diff(here), "run/git.diff")
-            self._commit = git["commit"] + (" with the changes in run/git.diff" if git["dirty"] else "")
+            self._commit, self._is_dirty = git["commit"], git["dirty"]
             self.log_tag("git.commit", git["commit"])
             self.log_tag("git.dirty", str(git["dirty"]).lower())
 

@@ -21,7 +21,8 @@ class Note:
     Args:
         what: one or two sentences.
         command: the one command that repeats the run.
-        commit: the checkout's, with a word on uncommitted changes; None outside of one.
+        commit: the checkout's; None outside of one.
+        is_dirty: it had uncommitted changes.
         parent: the run whose weights this one starts from, or that it belongs to: a sentence.
         differences: dotted setting -> its value there and here; None if the parent's are not known.
     """
@@ -29,6 +30,7 @@ class Note:
     what: str = ""
     command: str = ""
     commit: str | None = None
+    is_dirty: bool = False
     parent: str = ""
     differences: Mapping[str, tuple[str | None, str | None]] | None = None
 
@@ -48,13 +50,12 @@ class Note:
         return f"{self.parent} What differs from it:\n\n" + "\n".join(shown)
 
     def _command(self) -> str:
-        at = f" at commit `{self.commit}`" if self.commit else ""
+        changed = " with the changes in `run/git.diff`" if self.is_dirty else ""
+        at = f" at commit `{self.commit}`{changed}" if self.commit else ""
         return f"**Repeat it**{at}:\n\n```\n{self.command}\n```" if self.command else ""
 
 
-def differences(
-    there: Mapping[str, str], here: Mapping[str, str]
-) -> dict[str, tuple[str | None, str | None]]:
+def differences(there: Mapping[str, str], here: Mapping[str, str]) -> dict[str, tuple[str | None, str | None]]:
     """Settings of two runs that differ, but for those that say only where a run is kept; None where one is not set."""
     names = [name for name in dict.fromkeys([*here, *there]) if not name.startswith(_INCIDENTAL)]
     return {name: (there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)}

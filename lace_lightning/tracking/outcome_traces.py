@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +70,8 @@ def chosen_for_traces(records: Iterable[JudgedOutcome], most: int) -> list[Judge
     return [record for kinds in kept.values() for record in sum(kinds.values(), [])[:most]]
 
 
-def trace_of(record: JudgedOutcome) -> dict[str, Any]:
-    """One trace, found by its tags ``outcome``, ``benchmark``, ``method``, ``seed`` and ``problem``.
+def trace_of(record: JudgedOutcome, tags: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """One trace, found by its tags ``outcome``, ``benchmark``, ``method``, ``seed``, ``problem`` and the given ones.
 
     When the threads were written is not known any more. A trace ends now and takes the outcome's seconds; a thread's
     span takes its share of the decoding steps.
@@ -89,6 +89,7 @@ def trace_of(record: JudgedOutcome) -> dict[str, Any]:
             "method": record.method,
             "seed": str(record.seed),
             "problem": record.problem.id,
+            **(tags or {}),
         },
         threads=[
             ThreadSpan(
