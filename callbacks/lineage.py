@@ -90,7 +90,7 @@ class Lineage(Callback):
             return
         self._began = False
         for logger in mlflow_loggers(trainer):
-            if (path := _last_checkpoint(trainer)) is not None:
+            if (path := last_checkpoint(trainer)) is not None:
                 places = {"checkpoint": str(path.absolute()), "config": f"{logger.log_dir}/config.yaml"}
                 logger.log_weights(current_step(trainer), places | _data_of(trainer))
 
@@ -107,7 +107,7 @@ def _what(trainer: Trainer, module: ThreadedModule) -> str:
     )
 
 
-def _last_checkpoint(trainer: Trainer) -> Path | None:
+def last_checkpoint(trainer: Trainer) -> Path | None:
     """The newest checkpoint of this run. No collective: after an error the other ranks may be elsewhere."""
     callbacks = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)]  # type: ignore[attr-defined]
     written = [Path(path) for c in callbacks for path in (c.last_model_path, c.best_model_path) if path]

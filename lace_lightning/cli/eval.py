@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lace_lightning.cli.main import INTERRUPTED, explain
+from lace_lightning.cli.next_steps import say_next
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -170,4 +171,11 @@ def _render(folder: Path, reference: str | None, log: tuple[EvaluationSpec, dict
             folder, summaries, log[0].tracking, log[1], f"lace eval {shlex.join(sys.argv[2:])}", _writers(log[0])
         )
         console.print(f"MLflow run {run_id} in experiment {log[0].tracking.experiment!r}", markup=False)
+    say_next(
+        (
+            "these tables again, against another method",
+            f"lace eval report {shlex.quote(str(folder))} --reference METHOD",
+        ),
+        ("browse runs and traces in MLflow", "lace ui"),
+    )
     return len(failures)
