@@ -14,7 +14,7 @@ from lace_lightning.checkpoints import RUN, writer_of
 from lace_lightning.modules import ThreadedModule
 from lace_lightning.tracking.run_folder import run_folder
 
-_DOES = {
+_DOES: dict[TrainerFn | None, str] = {
     TrainerFn.FITTING: "Training",
     TrainerFn.VALIDATING: "Validation",
     TrainerFn.TESTING: "Test",

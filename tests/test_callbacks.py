@@ -40,7 +40,7 @@ QWEN = dict(
     num_key_value_heads=1, head_dim=8, max_position_embeddings=64,
 )  # fmt: skip
 LATTICE = LatticeAttentionConfig(width=8, heads=2)
-IN_NAMES = {"<i>": r"\d+", "<name>": r"\w+", "<statistic>": r"\w+"}
+IN_NAMES = {"<i>": r"\d+", "<name>": r"\w+", "<statistic>": r"\w+", "<benchmark>": r"\w+", "<method>": r"\w+"}
 
 
 class Recorder(MLflowLogger):

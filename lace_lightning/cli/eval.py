@@ -173,8 +173,8 @@ def _render(folder: Path, reference: str | None, log: tuple[EvaluationSpec, dict
         console.print(f"MLflow run {run_id} in experiment {log[0].tracking.experiment!r}", markup=False)
     say_next(
         (
-            "these tables again, against another method",
-            f"lace eval report {shlex.quote(str(folder))} --reference METHOD",
+            "these tables again",
+            f"lace eval report {shlex.quote(str(folder))}",
         ),
         ("browse runs and traces in MLflow", "lace ui"),
     )

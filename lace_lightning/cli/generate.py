@@ -83,7 +83,7 @@ def _next(given: argparse.Namespace, argv: Sequence[str]) -> list[tuple[str, str
     """Another group of the same problem, and where to go from here."""
     seed = 1 if given.seed is None else given.seed + 1
     at = argv.index("--seed") if "--seed" in argv else len(argv)
-    before = [*argv[:at], *argv[at + 2 :]]
+    before = [part for part in [*argv[:at], *argv[at + 2 :]] if not part.startswith("--seed=")]
     again = ("another group of the same problem", f"lace generate {shlex.join([*before, '--seed', str(seed)])}")
     compare = ("compare methods on many problems", "lace eval --help")
     return [again, compare]

@@ -50,7 +50,7 @@ def register(
     model_id = model_of(client, run_id)
     if model_id is None:
         raise TrackingError(
-            f"{store.redact_uri(uri)} does not know the checkpoint of run {run_id}: send what is left with `lace sync`, "
+            f"{store.redact_uri(uri)} does not know the checkpoint of run {run_id}: send what is left with `lace sync` "
             "or name the store of the run with --tracking_uri"
         )
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
 """Weights as MLflow's logged models: what joins a metric to the checkpoint, and a run to those that it starts from.
 
-A run that trains has one logged model, its last checkpoint. It is found by the run alone: sending twice changes nothing.
+A run that trains has one logged model, its last checkpoint. It is found by the run: sending twice changes nothing.
 """
 
 from __future__ import annotations
