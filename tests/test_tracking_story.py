@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from lace_lightning.callbacks import GroupTraces, Lineage
-from lace_lightning.cli import sync
+from lace_lightning.cli import sync, ui
 from lace_lightning.embedding import NgramEmbedder
 from lace_lightning.modules import LatticeGRPO, SupervisedFinetuning, ThreadedModule
 from lace_lightning.rewards import AccuracyReward, DiversityReward
@@ -25,6 +27,8 @@ from lace_lightning.tracking.note import NOTE, differences
 from lace_lightning.tracking.outcome_traces import trace_of
 from lace_lightning.tracking.recipe import recipe
 from lace_lightning.tracking.redact import HIDDEN
+from lace_lightning.tracking.spool import SpoolReader
+from lace_lightning.tracking.system import SystemMetrics
 from tests.eval_helpers import judged
 from tests.stage_helpers import DECODING, problem_data, quiet_trainer, spec, trace_data
 from tests.test_tracking import Unreliable, unreliable  # noqa: F401
@@ -197,3 +201,64 @@ def test_a_trace_that_is_sent_twice_is_there_once(uri: str, tmp_path: Path) -> N
     found = client.search_traces(locations=[experiment], filter_string="tag.outcome = 'found but not chosen'")
     assert [(trace.info.tags["step"], len(trace.data.spans)) for trace in found] == [("3", 3)]
     assert found[0].data.spans[0].outputs["outcome"] == "found but not chosen"
+
+
+# ---------------------------------------------------------------- system metrics
+
+
+def test_the_machine_is_measured_through_the_spool_until_the_run_ends(uri: str, tmp_path: Path) -> None:
+    logger = make_logger(uri, tmp_path, system_seconds=0.2)
+    logger.log_metrics({"loss": 1.0}, 0)
+    time.sleep(1.5)
+    logger.finalize("success")
+    client = MlflowClient(uri)
+
+    def steps() -> list[int]:
+        name = "system/cpu_utilization_percentage"
+        return sorted(metric.step for metric in client.get_metric_history(str(logger.run_id), name))
+
+    before = steps()
+    assert before == list(range(len(before))) and before
+    time.sleep(0.5)
+    assert steps() == before and not SpoolReader(Path(logger.log_dir, "spool")).pending()
+    assert "system" not in run_of(logger).data.tags.get(NOTE, "")
+
+
+def test_a_fork_of_the_process_does_not_measure_too(uri: str, tmp_path: Path) -> None:
+    seen: list[int] = []
+    metrics = SystemMetrics(lambda values, step: seen.append(step), 0.05)
+    metrics.start()
+    child = os.fork()
+    if child == 0:  # the threads of a process do not come along, and none is started
+        metrics.start()
+        metrics.stop()
+        os._exit(1 if any(t.name == "system-metrics" for t in threading.enumerate()) else 0)
+    assert os.waitpid(child, 0)[1] == 0
+    metrics.stop()
+    assert not any(t.name == "system-metrics" for t in threading.enumerate())
+
+
+def test_negative_seconds_are_an_error() -> None:
+    with pytest.raises(ValueError, match="system_seconds=-1"):
+        MLflowLogger(tracking_uri="sqlite:///x.db", system_seconds=-1)
+
+
+# ---------------------------------------------------------------- pages and commands
+
+
+def test_a_remote_store_is_named_as_the_page_to_open(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:hush@tracker:5000")
+    assert ui.run([]) == 0
+    assert "https://tracker:5000" in (printed := capsys.readouterr().out) and "hush" not in printed
+
+
+def test_what_comes_next_is_told_on_stderr(uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logger = make_logger(uri, tmp_path)
+    logger.finalize("success")
+    logger.log_metrics({"loss": 1.0}, 0)
+    logger.finalize("success")
+    assert sync.run([str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert "next:\n  lace ui" in printed.err and "next" not in printed.out
