@@ -261,4 +261,4 @@ def test_what_comes_next_is_told_on_stderr(uri: str, tmp_path: Path, capsys: pyt
     logger.finalize("success")
     assert sync.run([str(tmp_path)]) == 0
     printed = capsys.readouterr()
-    assert "next:\n  lace ui" in printed.err and "next" not in printed.out
+    assert printed.err.endswith("\n    lace ui\n") and "next" not in printed.out

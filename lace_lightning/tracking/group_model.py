@@ -7,7 +7,6 @@ Its files are those of Hugging Face (``backbone/``, ``tokenizer/``), of ``save_e
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,8 +23,6 @@ from lace_lightning.traces.schema import Problem
 
 if TYPE_CHECKING:
     from lace_lightning.tasks import Task
-
-warnings.filterwarnings("ignore", message=".*type hints to the `predict` method.*")  # see GroupModel.predict
 
 FILES = "group_model"
 """Name of the folder among the model's artifacts."""

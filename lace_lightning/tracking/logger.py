@@ -195,7 +195,9 @@ class MLflowLogger(Logger):
         note = Note(what, redact_lines(command), self._commit, self._is_dirty)
         other = starts_from or self._parent_run_id
         if other is not None:
-            verb = "Starts from the weights of" if starts_from else "Belongs to"
+            verb = (
+                ("Measures" if self._weights_of else "Starts from") + " the weights of" if starts_from else "Belongs to"
+            )
             name, params = self._look_up(other)
             note.parent = f"{verb} run {name}."
             note.differences = None if params is None or starts_from is None else differences(params, self._params)

@@ -11,7 +11,15 @@ NOTE = "mlflow.note.content"
 MAX_DIFFERENCES = 20
 _MAX_VALUE = 80
 _SHOWN_METRICS = ("val/acc", "val/best_at_n", "val/fmt", "test/acc", "test/best_at_n", "train/loss", "reward/total")
-_INCIDENTAL = ("trainer.logger", "trainer.callbacks", "parameters/", "ckpt_path", "model.init_args.init_from")
+_INCIDENTAL = (
+    "trainer.log_every_n_steps",
+    "verbose",
+    "trainer.logger",
+    "trainer.callbacks",
+    "parameters/",
+    "ckpt_path",
+    "model.init_args.init_from",
+)
 
 
 @dataclass
