@@ -12,9 +12,6 @@ MAX_DIFFERENCES = 20
 _MAX_VALUE = 80
 _SHOWN_METRICS = ("val/acc", "val/best_at_n", "val/fmt", "test/acc", "test/best_at_n", "train/loss", "reward/total")
 _INCIDENTAL = (
-    "trainer.logger", "trainer.callbacks", "trainer.log_every_n_steps", "parameters/", "ckpt_path", "verbose",
-    "model.init_args.init_from",
-)  # fmt: skip
     "trainer.log_every_n_steps",
     "verbose",
     "trainer.logger",
