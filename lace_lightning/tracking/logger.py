@@ -195,11 +195,9 @@ class MLflowLogger(Logger):
         note = Note(what, redact_lines(command), self._commit, self._is_dirty)
         other = starts_from or self._parent_run_id
         if other is not None:
-            verb = (
-                ("Measures" if self._weights_of else "Starts from") + " the weights of" if starts_from else "Belongs to"
-            )
             name, params = self._look_up(other)
-            note.parent = f"{verb} run {name}."
+            uses = "Measures" if self._weights_of else "Starts from"
+            note.parent = f"{uses} the weights of run {name}." if starts_from else f"Belongs to run {name}."
             note.differences = None if params is None or starts_from is None else differences(params, self._params)
         self._note = note
         self.log_tag(NOTE, note.markdown(how_it_went("RUNNING", 0.0, None, {})))
