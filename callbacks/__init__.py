@@ -4,7 +4,9 @@ from lace_lightning.callbacks.diversity import DiversityMonitor
 from lace_lightning.callbacks.game_score_table import GameScoreTable
 from lace_lightning.callbacks.gates import GateMonitor
 from lace_lightning.callbacks.graceful_stop import GracefulStop
+from lace_lightning.callbacks.group_traces import GroupTraces
 from lace_lightning.callbacks.group_writer import GroupWriter
+from lace_lightning.callbacks.lineage import Lineage
 from lace_lightning.callbacks.samples import SampleGroups
 from lace_lightning.callbacks.save_config import SaveConfig
 from lace_lightning.callbacks.stage_checkpoint import StageCheckpoint
@@ -16,7 +18,9 @@ __all__ = [
     "GameScoreTable",
     "GateMonitor",
     "GracefulStop",
+    "GroupTraces",
     "GroupWriter",
+    "Lineage",
     "SampleGroups",
     "SaveConfig",
     "StageCheckpoint",

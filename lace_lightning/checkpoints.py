@@ -15,6 +15,9 @@ TRAINED = "lace_trained"
 FROZEN = "lace_frozen"
 """Key of a checkpoint: a few values of each parameter that its stage did not train and its state therefore lacks."""
 
+RUN = "lace_run"
+"""Key of a checkpoint: id of the MLflow run that wrote it; absent without one."""
+
 
 class CheckpointError(ValueError):
     """A checkpoint does not hold what it should; the message names file and reason."""
@@ -67,6 +70,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         CheckpointError: the file is missing, damaged, foreign or incomplete.
     """
     return weights_of(read_checkpoint(path, mmap=True), path)
+
+
+def writer_of(path: str | Path) -> str | None:
+    """Id of the MLflow run that wrote a checkpoint; None if it does not say, or cannot be read."""
+    try:
+        checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # whoever needs the weights will say what is wrong
+        return None
+    run = checkpoint.get(RUN) if isinstance(checkpoint, dict) else None
+    return run if isinstance(run, str) else None
 
 
 def check_fit(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | Path) -> None:

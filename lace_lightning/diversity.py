@@ -67,6 +67,23 @@ def embedding_diversity(groups: Sequence[Group], embedder: Embedder) -> Tensor:
     )
 
 
+def thread_similarity(groups: Sequence[Group], embedder: Embedder) -> Tensor:
+    """Mean cosine similarity of the thoughts of threads n and m over groups, (N, N) float32 on the CPU.
+
+    A thread without a thought is at similarity 1 to all others, as it is at distance 0 elsewhere.
+
+    Args:
+        groups: at least one, all of N threads.
+        embedder: embeds thoughts.
+    """
+    thoughts = [thread.thought.strip() for group in groups for thread in group.threads]
+    unit = torch.nn.functional.normalize(embedder.embed(thoughts).float().cpu(), dim=-1)
+    unit = unit.unflatten(0, (len(groups), -1))
+    is_thought = torch.tensor([bool(thought) for thought in thoughts]).view(unit.shape[:2])
+    is_pair = is_thought.unsqueeze(-1) & is_thought.unsqueeze(-2)
+    return torch.where(is_pair, unit @ unit.mT, 1.0).mean(0)
+
+
 def edit_diversity(group: Group) -> float:
     """Mean pairwise normalised edit distance, in characters, of a group's thoughts."""
     return mean_edit_distance([thread.thought.strip() for thread in group.threads])

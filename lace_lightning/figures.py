@@ -36,12 +36,21 @@ def gate_figure(maps: ReadingMaps, layers: Sequence[int], bin_width: int) -> Fig
 
 def thread_figure(thread_share: Tensor) -> Figure:
     """Whom each thread attends to, (N, N): rows read, columns are read; a row sums to 1."""
-    size = 2.5 + 0.4 * len(thread_share)
+    return _threads_figure(thread_share, "lattice attention", "thread that is read", "thread that reads")
+
+
+def similarity_figure(similarity: Tensor) -> Figure:
+    """How alike the thoughts of two threads are, (N, N) mean cosine similarities."""
+    return _threads_figure(similarity, "similarity of thoughts", "thread", "thread")
+
+
+def _threads_figure(values: Tensor, title: str, below: str, beside: str) -> Figure:
+    size = 2.5 + 0.4 * len(values)
     figure = _figure(size + 0.8, size)
     axes = figure.subplots()
-    names = [str(index) for index in range(len(thread_share))]
-    figure.colorbar(_draw(axes, thread_share, names, names, 1.0), ax=axes)
-    axes.set(title="lattice attention", xlabel="thread that is read", ylabel="thread that reads")
+    names = [str(index) for index in range(len(values))]
+    figure.colorbar(_draw(axes, values, names, names, 1.0), ax=axes)
+    axes.set(title=title, xlabel=below, ylabel=beside)
     return figure
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lace_lightning.cli.counts import natural, positive
 from lace_lightning.cli.main import INTERRUPTED, explain
+from lace_lightning.cli.next_steps import say_next
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -272,3 +273,4 @@ def _show(record: Record, console: Console) -> None:
             table.add_row(*row)
     console.print(table)
     console.print(f"Medians (quartiles); all samples: {record.path}", highlight=False, soft_wrap=True)
+    say_next(("write tables and figures of all results into docs", "lace bench plot"))

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,12 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lace_lightning.cli.demo_plan import FINAL, LANES, PRETRAIN, Step
+from lace_lightning.cli.next_steps import say_next
 from lace_lightning.whole_file import write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from lace_lightning.cli.demo_lane import LaneOptions
+    from lace_lightning.tracking import MLflowLogger
 
 METHODS = {"lace": "LACE", "isolated": "Isolated", "independent": "Independent"}
 COLUMNS = {
@@ -46,16 +49,25 @@ def run(argv: Sequence[str]) -> int:
     console = Console()
     options = _options(arguments)
     console.print(_introduction(options), highlight=False)
+    from lace_lightning.tracking import TrackingError
+    from lace_lightning.tracking.recipe import recipe
+
     start = time.perf_counter()
+    name, what = (
+        f"demo-seed{options.seed}",
+        "**Demo**: threads that read each other beside threads that don't, on doors.",
+    )
     try:
-        seconds = _train(options, console)
-    except LaneFailed as error:
+        with recipe(name, what, f"lace demo {shlex.join(argv)}".strip(), "demo") as parent:
+            seconds = _train(options, console)
+            summary = summarise(options.folder, options.seed, seconds | {"total": time.perf_counter() - start})
+            _log(summary, parent)
+    except (LaneFailed, TrackingError) as error:
         print(f"lace demo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"lace demo: stopped; what was done so far is in {options.folder}", file=sys.stderr)
         return 130
-    summary = summarise(options.folder, options.seed, seconds | {"total": time.perf_counter() - start})
     write_text(options.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     _show(summary, options.folder, console)
     return 0
@@ -231,6 +243,16 @@ def conclude(summary: dict[str, Any]) -> str:
     )
 
 
+def _log(summary: dict[str, Any], parent: MLflowLogger) -> None:
+    """The table of methods, and its numbers, in the parent run."""
+    parent.log_metrics(
+        {f"eval/doors/{name}/{key}": row[key] for name, row in summary["methods"].items() for key in COLUMNS}
+    )
+    rows = [{"method": name, **{key: row[key] for key in COLUMNS}} for name, row in summary["methods"].items()]
+    parent.log_table([*rows, {"method": "ceiling", "best_at_n": summary["ceiling"]}], "methods")
+    parent.log_text(json.dumps(summary, indent=2), "summary.json")
+
+
 def _show(summary: dict[str, Any], folder: Path, console: Console) -> None:
     from lace_lightning.cli import generate
 
@@ -238,10 +260,14 @@ def _show(summary: dict[str, Any], folder: Path, console: Console) -> None:
     console.print(_table(summary))
     console.print(f"\n{conclude(summary)}\n", highlight=False)
     step = LANES["lace"][-1]
-    generate.run(["--config", str(step.config(folder)), "--ckpt", str(step.checkpoint(folder)), "--problem", "7"])
-    console.print(
-        f"\nAll numbers: {folder / 'summary.json'}. In a browser: [bold]lace ui[/bold], experiment “demo”.",
-        highlight=False,
+    source = ["--config", str(step.config(folder)), "--ckpt", str(step.checkpoint(folder))]
+    generate.run([*source, "--problem", "7", "--quiet"])
+    run = shlex.join(source)
+    console.print(f"\nAll numbers: {folder / 'summary.json'}.", highlight=False)
+    say_next(
+        ("browse the runs in MLflow, experiment “demo”", "lace ui"),
+        ("watch another group", f"lace generate {run} --problem 8"),
+        ("put the winner into MLflow's registry", f"lace register {run} --name doors"),
     )
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lace_lightning.cli.main import INTERRUPTED, explain
+from lace_lightning.cli.next_steps import say_next
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -111,6 +113,14 @@ def _progress() -> Progress:
     )
 
 
+def _writers(spec: EvaluationSpec) -> list[str]:
+    """Ids of the runs that wrote the evaluated checkpoints."""
+    from lace_lightning.checkpoints import writer_of
+
+    found = [writer_of(path) for policy in spec.policies.values() for path in policy.init_from]
+    return [run for run in found if run is not None]
+
+
 def _check_tracking(spec: EvaluationSpec) -> None:
     """Reach the tracking store before the work, not after it."""
     if spec.tracking is not None:
@@ -162,6 +172,15 @@ def _render(folder: Path, reference: str | None, log: tuple[EvaluationSpec, dict
     if log is not None and log[0].tracking is not None:
         from lace_lightning.tracking.outcome_traces import log_evaluation
 
-        run_id = log_evaluation(folder, summaries, log[0].tracking, log[1])
+        run_id = log_evaluation(
+            folder, summaries, log[0].tracking, log[1], f"lace eval {shlex.join(sys.argv[2:])}", _writers(log[0])
+        )
         console.print(f"MLflow run {run_id} in experiment {log[0].tracking.experiment!r}", markup=False)
+    say_next(
+        (
+            "these tables again",
+            f"lace eval report {shlex.quote(str(folder))}",
+        ),
+        ("browse runs and traces in MLflow", "lace ui"),
+    )
     return len(failures)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lace_lightning.cli.counts import natural, positive
 from lace_lightning.cli.main import explain
+from lace_lightning.cli.next_steps import say_next
 
 if TYPE_CHECKING:
     from lace_lightning.cli.panes import PaneView
@@ -31,7 +33,10 @@ def run(argv: Sequence[str]) -> int:
         _check(arguments)
         from lace_lightning.cli.sources import make_request
 
-        return _play(make_request(arguments), arguments.plain)
+        code = _play(make_request(arguments), arguments.plain)
+        if code == 0 and not arguments.quiet:
+            say_next(*_next(arguments, argv))
+        return code
     except BrokenPipeError:  # the reader of a pipe has seen enough; spare it Python's complaint at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -70,7 +75,18 @@ def _parser() -> argparse.ArgumentParser:
     decoding.add_argument("--min-p", type=float, help="keep tokens this probable relative to the first (0)")
     decoding.add_argument("--seed", type=int, help="the same seed gives the same group (0)")
     parser.add_argument("--plain", action="store_true", help="lines of text without colours, as in a pipe")
+    parser.add_argument("--quiet", action="store_true", help="do not say what to do next")
     return parser
+
+
+def _next(given: argparse.Namespace, argv: Sequence[str]) -> list[tuple[str, str]]:
+    """Another group of the same problem, and where to go from here."""
+    seed = 1 if given.seed is None else given.seed + 1
+    at = argv.index("--seed") if "--seed" in argv else len(argv)
+    before = [part for part in [*argv[:at], *argv[at + 2 :]] if not part.startswith("--seed=")]
+    again = ("another group of the same problem", f"lace generate {shlex.join([*before, '--seed', str(seed)])}")
+    compare = ("compare methods on many problems", "lace eval --help")
+    return [again, compare]
 
 
 def _check(given: argparse.Namespace) -> None:

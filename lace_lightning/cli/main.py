@@ -22,6 +22,7 @@ TOOLS = {
     "view": ("lace_lightning.cli.view", "look at the threads of an evaluation in the browser"),
     "bench": ("lace_lightning.cli.bench", "measure decoding and training beside the floor of this machine"),
     "demo": ("lace_lightning.cli.demo", "train and compare threads that talk and threads that don't, in minutes"),
+    "register": ("lace_lightning.cli.register", "put a run's model into MLflow's registry: problems in, groups out"),
     "ui": ("lace_lightning.cli.ui", "browse the runs in MLflow, on this machine only"),
     "sync": ("lace_lightning.cli.sync", "send what a dead tracking server missed"),
 }

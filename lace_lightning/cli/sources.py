@@ -144,11 +144,22 @@ def load_run(given: argparse.Namespace) -> tuple[ThreadedLM, GroupData]:
     Raises:
         ValueError: they name no run of ours.
     """
-    module, data, checkpoint = _find_run(given)
+    module, data, _, checkpoint = _find_run(given)
     return _load(module, data, checkpoint), data
 
 
-def _find_run(given: argparse.Namespace) -> tuple[ThreadedModule, GroupData, Path]:
+def load_stage(given: argparse.Namespace) -> tuple[ThreadedModule, GroupData, Path, Path]:
+    """The same run's stage, with its model, its data, and the files of config and checkpoint.
+
+    Raises:
+        ValueError: ``run``, or ``config`` with ``ckpt``, name no run of ours.
+    """
+    module, data, config, checkpoint = _find_run(given)
+    _load(module, data, checkpoint)
+    return module, data, config, checkpoint
+
+
+def _find_run(given: argparse.Namespace) -> tuple[ThreadedModule, GroupData, Path, Path]:
     folder = None if given.run is None else _run_folder(Path(given.run))
     if folder is None and given.ckpt is None:
         raise ValueError(f"--config {given.config} needs the checkpoint of its run: --ckpt FILE")
@@ -156,11 +167,11 @@ def _find_run(given: argparse.Namespace) -> tuple[ThreadedModule, GroupData, Pat
     checkpoint = Path(given.ckpt) if folder is None or given.ckpt else _newest_checkpoint(folder)
     _check_file(config, "--config")
     _check_file(checkpoint, "--ckpt")
-    return *_instantiate(config), checkpoint
+    return *_instantiate(config), config, checkpoint
 
 
 def _from_run(given: argparse.Namespace) -> Request:
-    module, data, checkpoint = _find_run(given)
+    module, data, _, checkpoint = _find_run(given)
     problem = _problem_at(data, given.problem) if given.prompt is None else _problem_like(data.task, given.prompt)
     decoding = module.validation
     room = data.max_length - len(data.task.template.encode_prompt(problem.text, data.tokenizer))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shlex
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -11,13 +13,16 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lace_lightning.callbacks import GracefulStop, SaveConfig, ValidationTable
+from lace_lightning.callbacks import GracefulStop, Lineage, SaveConfig, ValidationTable
+from lace_lightning.callbacks.lineage import last_checkpoint
 from lace_lightning.cli.main import STAGES, explain
+from lace_lightning.cli.next_steps import say_next
 from lace_lightning.cli.shipped import with_shipped_configs
 from lace_lightning.datamodules.base import GroupData
 from lace_lightning.modules import ThreadedModule
 from lace_lightning.modules.base import NonFiniteLossError
 from lace_lightning.tracking import TrackingError
+from lace_lightning.tracking.run_folder import run_folder
 
 MISTAKES = (ArgumentError, ValueError, OSError, MisconfigurationException, NonFiniteLossError, TrackingError)
 """What a user can mend: shown as one message. Anything else is a bug of ours and keeps its traceback."""
@@ -55,10 +60,30 @@ class LaceCLI(LightningCLI):
 def run(arguments: Sequence[str]) -> int:
     """Run one Lightning subcommand; returns the exit code."""
     try:
-        build(arguments)
+        cli = build(arguments)
     except MISTAKES as error:
         return explain(error)
+    if cli.trainer.is_global_zero and "-h" not in arguments:
+        say_next(*_next(arguments[0], cli))
     return 0
+
+
+def _next(command: str, cli: LaceCLI) -> list[tuple[str, str]]:
+    """What usually comes after a stage."""
+    folder = run_folder(cli.trainer)
+    folder = folder.parent if folder.name == "checkpoints" else folder
+    checkpoint = last_checkpoint(cli.trainer) if command == "fit" else None
+    browse = [("browse the run in MLflow", "lace ui")] if cli.trainer.logger is not None else []
+    if checkpoint is None:
+        return [*browse, ("all that lies on this machine", f"ls {shlex.quote(str(folder))}")]
+    source = shlex.join(["--run", str(folder), "--ckpt", str(checkpoint)])
+    config = shlex.join(["--config", str(run_folder(cli.trainer) / "config.yaml"), "--ckpt_path", str(checkpoint)])
+    return [
+        ("watch threads write", f"lace generate {source} --problem 0"),
+        ("measure it on the evaluation problems", f"lace validate {config}"),
+        ("start the next stage from it", f"lace fit … --model.init_from={shlex.quote(json.dumps([str(checkpoint)]))}"),
+        *browse,
+    ]
 
 
 def build(arguments: Sequence[str], run: bool = True, callbacks: Sequence[Callback] = ()) -> LaceCLI:
@@ -87,7 +112,7 @@ def build(arguments: Sequence[str], run: bool = True, callbacks: Sequence[Callba
         trainer_defaults={
             "logger": {"class_path": "lace_lightning.tracking.MLflowLogger"},
             "plugins": [{"class_path": "lace_lightning.checkpoint_io.AtomicCheckpointIO"}],
-            "callbacks": list(callbacks),
+            "callbacks": [*callbacks, Lineage(f"lace {shlex.join(arguments)}")],
         },
         parser_kwargs={**raise_errors, **{stage: dict(raise_errors) for stage in STAGES}},
         args=with_shipped_configs(arguments),

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lace_lightning.cli.next_steps import say_next
+
 
 def run(argv: Sequence[str]) -> int:
     """Send every spool at or below the folder; exit code 0 if nothing is left."""
@@ -27,4 +29,8 @@ def run(argv: Sequence[str]) -> int:
             print(f"{result.folder.parent}: sent {result.sent} records. {result.problem}".rstrip())
     left = sum(bool(result.problem) for result in results)
     print(f"{len(results) - left} of {len(results)} runs are complete in MLflow.")
+    if left:
+        say_next(("when the server answers again, or the runs have ended", f"lace sync {arguments.folder}"))
+    else:
+        say_next(("browse the runs in MLflow", "lace ui"))
     return 1 if left else 0

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lace_lightning.cli.main import explain
+from lace_lightning.cli.next_steps import say_next
 from lace_lightning.cli.shipped import with_shipped_configs
 
 if TYPE_CHECKING:
@@ -25,10 +28,12 @@ def run(argv: Sequence[str]) -> int:
         if argv[:1] == ["report"]:
             return _report(argv[1:])
         if argv[:1] == ["merge"]:
-            build(argv[1:])[0].merge()
-            return 0
-        synthesis, options = build(argv)
-        synthesis.run(options.stage, None if options.shard is None else _shard(options.shard))
+            synthesis, options = build(argv[1:])
+            synthesis.merge()
+        else:
+            synthesis, options = build(argv)
+            synthesis.run(options.stage, None if options.shard is None else _shard(options.shard))
+        say_next(*_next(synthesis, options, argv))
         return 0
     except (ArgumentError, ValueError, OSError, RuntimeError) as error:  # of chat models and tracking, too
         return explain(error)
@@ -48,6 +53,21 @@ def build(argv: Sequence[str]) -> tuple[Synthesis, Any]:
     made = parser.instantiate_classes(given)
     options = {key: value for key, value in made.as_dict().items() if key not in ("config", "stage", "shard")}
     return Synthesis(**options), given
+
+
+def _next(synthesis: Synthesis, options: Any, argv: Sequence[str]) -> list[tuple[str, str]]:
+    """What to do with what the pipeline has written."""
+    from lace_lightning.synthesis.pipeline import STAGES
+
+    if getattr(options, "shard", None) is not None and argv[:1] != ["merge"]:
+        return [("when all shards are done", "lace synth merge --config …, with the same settings")]
+    if options.stage != STAGES[-1]:
+        return [("go on to the end", "lace synth with the same settings, without --stage")]
+    traces = Path(synthesis.folder, synthesis.traces)
+    return [
+        ("how diverse and how tagged the traces are", f"lace synth report {shlex.quote(str(traces))}"),
+        ("train on them", f"lace fit … --data.traces={shlex.quote(str(traces))}"),
+    ]
 
 
 def _parser() -> ArgumentParser:

@@ -18,10 +18,15 @@ _START_SECONDS = 60.0
 
 def run(argv: Sequence[str]) -> int:
     """Serve MLflow's UI until Ctrl-C; the exit code. Only this machine can reach it."""
+    from lace_lightning.tracking.redact import redact_uri
+
     arguments = _parser().parse_args(argv)
     address = f"http://{_HOST}:{arguments.port}"
     try:
         store = _store(arguments.backend_store)
+        if store.startswith("http"):
+            print(f"MLflow shows {redact_uri(store)} itself: open that address in a browser")
+            return 0
         _require_free(arguments.port)
     except ValueError as error:
         print(f"lace ui: {error}", file=sys.stderr)
@@ -53,13 +58,11 @@ def _store(uri: str | None) -> str:
     """The store's URI.
 
     Raises:
-        ValueError: it is a server, which shows itself, or a file that does not exist.
+        ValueError: it is a file that does not exist.
     """
     from lace_lightning.tracking.store import resolve_tracking_uri
 
     store = resolve_tracking_uri(uri)
-    if store.startswith("http"):
-        raise ValueError(f"--backend-store {store} is a server with pages of its own: open that address in a browser")
     if store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).exists():
         raise ValueError(f"--backend-store {store} does not exist yet: run `lace fit` first, or name another store")
     return store

@@ -90,6 +90,7 @@ DESCRIPTIONS = {
         ("diversity", DIVERSITY_METRICS),
         ("test", {"<statistic>": "the statistic of the same name under val/, of `lace test`"}),
         ("eval", {"<benchmark>/<method>/<statistic>": "a column of the tables of `lace eval`, mean over problems"}),
+        ("system", {"<name>": "what MLflow measures of processor, memory, disk, network and GPUs, every ten seconds"}),
         ("test/tags", {"<statistic>": "the statistic of the same name under tags/, of `lace test`"}),
     )
     for name, description in metrics.items()

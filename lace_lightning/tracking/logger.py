@@ -5,12 +5,11 @@ from __future__ import annotations
 import atexit
 import json
 import logging
-import posixpath
-import re
+import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,10 +18,13 @@ from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lace_lightning.tracking import run_info, store
+from lace_lightning.tracking.names import file_name, flat, key
+from lace_lightning.tracking.note import NOTE, Note, differences, how_it_went
 from lace_lightning.tracking.pictures import image_files, table_file
-from lace_lightning.tracking.redact import redact, redact_uri
+from lace_lightning.tracking.redact import redact, redact_lines, redact_uri
 from lace_lightning.tracking.sender import Sender
 from lace_lightning.tracking.spool import Record, Spool, SpoolReader
+from lace_lightning.tracking.system import SystemMetrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,8 +32,9 @@ if TYPE_CHECKING:
 
 FLUSH_SECONDS = 10.0
 MAX_PARAM_CHARACTERS = 6000  # MLflow's limit
+PARENT_RUN = "LACE_PARENT_RUN"
+"""Environment variable: id of the MLflow run under which runs are shown that name no other parent."""
 _MAX_TAG_CHARACTERS = 8000
-_MAX_KEY_CHARACTERS = 250
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +61,13 @@ class MLflowLogger(Logger):
         tracking_uri: ``sqlite:///path`` or the address of a server; None means the environment variable
             MLFLOW_TRACKING_URI if set, else ``sqlite:///runs/mlflow.db`` with artifacts in ``runs/mlartifacts``.
         tags: tags of the run.
-        parent_run_id: MLflow id of the run under which this one is shown.
+        parent_run_id: MLflow id of the run under which this one is shown; None: LACE_PARENT_RUN of the environment.
         save_dir: folder of run folders: spool, checkpoints and config of a run lie in
             ``<save_dir>/<experiment>/<version>``, where version is the run's name and the start of its id.
+        system_seconds: from one measurement of processor, memory, disk, network and GPUs to the next; 0: none.
 
     Raises:
-        ValueError: ``tracking_uri`` is a folder.
+        ValueError: ``tracking_uri`` is a folder, or ``system_seconds`` negative.
         TrackingError: the server does not answer; raised at once, before anything else starts.
     """
 
@@ -75,15 +79,26 @@ class MLflowLogger(Logger):
         tags: dict[str, str] | None = None,
         parent_run_id: str | None = None,
         save_dir: str = "runs",
+        system_seconds: float = 10.0,
     ) -> None:
         super().__init__()
+        if system_seconds < 0:
+            raise ValueError(f"system_seconds={system_seconds} must be at least 0, which measures nothing")
         self._experiment_name = experiment_name
         self._run_name = run_name
         self._tags = dict(tags or {})
-        self._parent_run_id = parent_run_id
+        self._parent_run_id = parent_run_id or os.environ.get(PARENT_RUN)
         self._save_dir = save_dir
         self._tables: list[str] = []
         self._run: _Run | None = None
+        self._system = SystemMetrics(self.log_metrics, system_seconds)
+        self._note: Note | None = None
+        self._began = time.monotonic()
+        self._commit: str | None = None
+        self._is_dirty = False
+        self._params: dict[str, str] = {}
+        self._last: dict[str, tuple[float, int, int]] = {}  # metric -> value, time, step
+        self._weights_of: str | None = None
         self.tracking_uri = store.resolve_tracking_uri(tracking_uri)
         if store.is_server(self.tracking_uri) and _on_rank_zero():
             store.check(store.connect(self.tracking_uri), self.tracking_uri)
@@ -97,7 +112,7 @@ class MLflowLogger(Logger):
     @property
     def name(self) -> str:
         """Folder of the experiment inside ``save_dir``."""
-        return _file_name(self._experiment_name)
+        return file_name(self._experiment_name)
 
     @property
     def version(self) -> str | None:
@@ -105,7 +120,7 @@ class MLflowLogger(Logger):
         if not _on_rank_zero():
             return None
         run = self._started()
-        return f"{_file_name(run.name)}-{run.id[:8]}"
+        return f"{file_name(run.name)}-{run.id[:8]}"
 
     @property
     def run_id(self) -> str | None:
@@ -125,21 +140,24 @@ class MLflowLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log numbers under ``family/statistic`` names; texts among them are left out."""
-        values = {_key(name): float(value) for name, value in metrics.items() if not isinstance(value, str)}
-        if values:
-            self._append({"kind": "metrics", "time": _now(), "step": step or 0, "values": values})
+        values = {key(name): float(value) for name, value in metrics.items() if not isinstance(value, str)}
+        if not values:
+            return
+        now, of = _now(), {"weights_of": self._weights_of} if self._weights_of else {}
+        self._append({"kind": "metrics", "time": now, "step": step or 0, "values": values, **of})
+        self._last |= {name: (value, now, step or 0) for name, value in values.items() if not _is_system(name)}
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Log nested settings in full length; a value above MLflow's 6,000 characters becomes an artifact."""
         settings = vars(params) if isinstance(params, Namespace) else params
-        for name, value in _flat(redact(settings)):
-            self._log_param(_key(name), str(value))
+        for name, value in flat(redact(settings)):
+            self._log_param(key(name), str(value))
 
     @rank_zero_only
     def log_tag(self, name: str, value: str) -> None:
         """Set a tag of the run."""
-        self._append({"kind": "tag", "key": _key(name), "value": value[:_MAX_TAG_CHARACTERS]})
+        self._append({"kind": "tag", "key": key(name), "value": value[:_MAX_TAG_CHARACTERS]})
 
     @rank_zero_only
     def log_text(self, text: str, artifact_file: str) -> None:
@@ -149,7 +167,7 @@ class MLflowLogger(Logger):
     @rank_zero_only
     def log_image(self, name: str, image: str | PathLike[str] | Figure, step: int = 0) -> None:
         """Keep a picture file or matplotlib figure; MLflow shows the pictures of one name with a step slider."""
-        for artifact_file, content in image_files(_key(name), image, step, _now()).items():
+        for artifact_file, content in image_files(key(name), image, step, _now()).items():
             self._add_file(content, artifact_file)
         self.log_tag("mlflow.loggedImages", "True")
 
@@ -164,6 +182,56 @@ class MLflowLogger(Logger):
             self.log_tag("mlflow.loggedArtifacts", json.dumps(shown))
 
     @rank_zero_only
+    def describe(self, what: str, command: str = "", starts_from: str | None = None) -> None:
+        """Say in words what the run is; the end of the run adds how it went.
+
+        Args:
+            what: a sentence or two.
+            command: repeats the run; secrets in it are hidden.
+            starts_from: id of the run whose weights this one starts from: the description lists what differs from it,
+                or, without it, from the parent run.
+        """
+        self._started()
+        note = Note(what, redact_lines(command), self._commit, self._is_dirty)
+        other = starts_from or self._parent_run_id
+        if other is not None:
+            name, params = self._look_up(other)
+            uses = "Measures" if self._weights_of else "Starts from"
+            note.parent = f"{uses} the weights of run {name}." if starts_from else f"Belongs to run {name}."
+            note.differences = None if params is None or starts_from is None else differences(params, self._params)
+        self._note = note
+        self.log_tag(NOTE, note.markdown(how_it_went("RUNNING", 0.0, None, {})))
+
+    @rank_zero_only
+    def log_weights(self, step: int, tags: Mapping[str, str]) -> None:
+        """Make the run's checkpoint a logged model of MLflow, with the last value of every metric linked to it.
+
+        Args:
+            step: of the checkpoint.
+            tags: where checkpoint, config and data lie; the commit is added.
+        """
+        commit = {"git.commit": self._commit} if self._commit else {}
+        self._append({"kind": "weights", "step": step, "tags": {**tags, **commit}, "values": self._last})
+
+    @rank_zero_only
+    def use_weights(self, runs: Sequence[str], evaluates: bool = False) -> None:
+        """Link this run to those that wrote the weights it uses.
+
+        Args:
+            runs: their ids, the main one last.
+            evaluates: metrics logged from now on are of the last one's weights, and shown there too.
+        """
+        if runs:
+            self._append({"kind": "uses", "runs": list(dict.fromkeys(runs))})
+            self.log_tag("lace.weights_of", runs[-1])
+            self._weights_of = runs[-1] if evaluates else None
+
+    @rank_zero_only
+    def log_trace(self, trace: Record) -> None:
+        """Keep a trace made by :mod:`lace_lightning.tracking.traces`; what was already sent is replaced."""
+        self._append({"kind": "trace", **trace})
+
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         """Set how the run ended and send what is left, for at most ten seconds.
 
@@ -171,14 +239,34 @@ class MLflowLogger(Logger):
         """
         if self._run is None:
             return
-        self._append({"kind": "status", "status": _final_status(status, sys.exception()), "time": _now()})
+        self._system.stop()
+        error = sys.exception()
+        ended = _final_status(status, error)
+        if self._note is not None:
+            last = {name: value for name, (value, _, _) in self._last.items()}
+            went = how_it_went(ended, time.monotonic() - self._began, error, last)
+            self.log_tag(NOTE, self._note.markdown(redact_lines(went)))
+        self._append({"kind": "status", "status": ended, "time": _now()})
         self._flush()
+
+    def _look_up(self, run_id: str) -> tuple[str, dict[str, str] | None]:
+        """Link and parameters of a run; a store that is away, or another one, costs words of a description, no more."""
+        try:
+            run = store.run_or_none(self._started().client, run_id)
+        except Exception as error:
+            log.warning("Run %s cannot be looked up for the description: %s", run_id, redact_uri(str(error)))
+            run = None
+        if run is None:
+            return f"`{run_id}`", None
+        page = f"#/experiments/{run.info.experiment_id}/runs/{run_id}"
+        return f"[{run.info.run_name}]({page})", dict(run.data.params)
 
     def _started(self) -> _Run:
         if self._run is None:
             self._run = self._start()
             atexit.register(self._flush)
             self._log_run_info()
+            self._system.start()
         return self._run
 
     def _start(self) -> _Run:
@@ -188,7 +276,7 @@ class MLflowLogger(Logger):
             client, self.tracking_uri, self._experiment_name, self._run_name, {**self._tags, **parent}
         )
         run_id, name = opened.info.run_id, opened.info.run_name
-        folder = Path(self._save_dir, self.name, f"{_file_name(name)}-{run_id[:8]}", "spool")
+        folder = Path(self._save_dir, self.name, f"{file_name(name)}-{run_id[:8]}", "spool")
         spool = Spool(folder, run_id, redact_uri(self.tracking_uri))
         return _Run(run_id, name, client, spool, Sender(client, SpoolReader(folder), self.tracking_uri))
 
@@ -202,14 +290,16 @@ class MLflowLogger(Logger):
         if git is not None:
             self.log_text(json.dumps(git, indent=2), "run/git.json")
             self.log_text(run_info.git_diff(here), "run/git.diff")
+            self._commit, self._is_dirty = git["commit"], git["dirty"]
             self.log_tag("git.commit", git["commit"])
             self.log_tag("git.dirty", str(git["dirty"]).lower())
 
     def _log_param(self, name: str, value: str) -> None:
         if len(value) > MAX_PARAM_CHARACTERS:
-            artifact_file = f"params/{_file_name(name)}.txt"
+            artifact_file = f"params/{file_name(name)}.txt"
             self.log_text(value, artifact_file)
             value = f"{len(value)} characters: see artifact {artifact_file}"
+        self._params[name] = value
         self._append({"kind": "param", "key": name, "value": value})
 
     def _append(self, record: Record) -> None:
@@ -251,23 +341,9 @@ def _final_status(status: str, error: BaseException | None) -> str:
     return "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED"
 
 
-def _flat(settings: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Leaves of nested settings under their dotted names; lists stay whole."""
-    if not isinstance(settings, Mapping) or not settings:
-        yield prefix, settings
-        return
-    for name, value in settings.items():
-        yield from _flat(value, f"{prefix}.{name}" if prefix else str(name))
-
-
-def _key(name: str) -> str:
-    """A name that MLflow accepts for a metric, parameter or tag."""
-    plain = posixpath.normpath(re.sub(r"[^/\w.\- :]", "_", name)).lstrip("./")
-    return plain[:_MAX_KEY_CHARACTERS] or "_"
-
-
-def _file_name(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "run"
+def _is_system(name: str) -> bool:
+    """These are measured on a thread of their own."""
+    return name.startswith("system/")
 
 
 def _now() -> int:

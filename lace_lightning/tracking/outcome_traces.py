@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from lace_lightning.evaluation.report import markdown, sheets
 from lace_lightning.evaluation.store import read_outcomes
 from lace_lightning.evaluation.summary import BenchmarkSummary
 from lace_lightning.tracking.logger import MLflowLogger
+from lace_lightning.tracking.traces import ThreadSpan, last_column, make_trace
 from lace_lightning.viewer.folder import VIEWER
 
 if TYPE_CHECKING:
@@ -23,15 +24,31 @@ INTEREST = ("found but not chosen", "chosen right", "not found")
 
 
 def log_evaluation(
-    folder: str | Path, summaries: Sequence[BenchmarkSummary], tracking: TrackingSpec, settings: dict[str, Any]
+    folder: str | Path,
+    summaries: Sequence[BenchmarkSummary],
+    tracking: TrackingSpec,
+    settings: dict[str, Any],
+    command: str = "",
+    weights_of: Sequence[str] = (),
 ) -> str:
     """Log a finished evaluation, whose folder has its viewer's page; returns the id of its run.
+
+    Args:
+        folder: where its outcomes lie.
+        summaries: of them.
+        tracking: where it goes.
+        settings: of the evaluation.
+        command: repeats it.
+        weights_of: ids of the runs whose checkpoints were evaluated.
 
     Raises:
         TrackingError: the store does not answer.
     """
-    logger = MLflowLogger(tracking.experiment, tracking.run_name, tracking.uri)
+    logger = MLflowLogger(tracking.experiment, tracking.run_name, tracking.uri, system_seconds=0)
     logger.log_hyperparams(settings)
+    logger.describe(_what(summaries), command)
+    logger.log_tag("lace.stage", "eval")
+    logger.use_weights(weights_of)
     logger.log_metrics(_metrics(summaries))
     for sheet in sheets(summaries):
         rows = [dict(zip(sheet.columns, row, strict=True)) for row in sheet.rows]
@@ -39,7 +56,8 @@ def log_evaluation(
     logger.log_text(markdown(summaries), "report.md")
     logger.log_text(Path(folder, VIEWER).read_text(encoding="utf-8"), VIEWER)
     run_id = str(logger.run_id)
-    log_traces(chosen_for_traces(read_outcomes(folder), tracking.max_traces), logger.tracking_uri, run_id)
+    for record in chosen_for_traces(read_outcomes(folder), tracking.max_traces):
+        logger.log_trace(trace_of(record))
     logger.finalize("success")
     return run_id
 
@@ -54,29 +72,18 @@ def chosen_for_traces(records: Iterable[JudgedOutcome], most: int) -> list[Judge
     return [record for kinds in kept.values() for record in sum(kinds.values(), [])[:most]]
 
 
-def log_traces(records: Sequence[JudgedOutcome], tracking_uri: str, run_id: str) -> None:
-    """One trace per outcome, found by its tags ``outcome``, ``benchmark``, ``method``, ``seed`` and ``problem``.
+def trace_of(record: JudgedOutcome, tags: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """One trace, found by its tags ``outcome``, ``benchmark``, ``method``, ``seed``, ``problem`` and the given ones.
 
     When the threads were written is not known any more. A trace ends now and takes the outcome's seconds; a thread's
     span takes its share of the decoding steps.
     """
-    import mlflow
-
-    mlflow.set_tracking_uri(tracking_uri)
-    experiment_id = mlflow.MlflowClient(tracking_uri).get_run(run_id).info.experiment_id
-    for record in records:
-        _log_trace(record, run_id, experiment_id)
-    mlflow.flush_trace_async_logging()
-
-
-def _log_trace(record: JudgedOutcome, run_id: str, experiment_id: str) -> None:
-    import mlflow
-
-    duration = max(1, int(record.cost.seconds * 1e9))
-    start = time.time_ns() - duration
-    root = mlflow.start_span_no_context(
+    steps = max((last_column(passage.passage.thread.columns) for passage in record.passages), default=1)
+    chosen = None if record.chosen is None else record.passages[record.chosen].passage.thread.answer
+    return make_trace(
         f"{record.method} · {record.problem.id}",
         inputs={"problem": record.problem.text, "reference answer": record.problem.answer},
+        outputs={"answer": chosen, "outcome": record.found},
         attributes=_attributes(record),
         tags={
             "outcome": record.found,
@@ -84,29 +91,21 @@ def _log_trace(record: JudgedOutcome, run_id: str, experiment_id: str) -> None:
             "method": record.method,
             "seed": str(record.seed),
             "problem": record.problem.id,
+            **(tags or {}),
         },
-        metadata={"mlflow.sourceRun": run_id},
-        experiment_id=experiment_id,
-        start_time_ns=start,
+        threads=[
+            ThreadSpan(
+                f"{passage.passage.role} {index}",
+                passage.passage.thread.text,
+                passage.passage.thread.answer,
+                _passage_attributes(passage, index == record.chosen),
+                last_column(passage.passage.thread.columns) / steps,
+            )
+            for index, passage in enumerate(record.passages)
+        ],
+        end=time.time_ns(),
+        duration=int(record.cost.seconds * 1e9),
     )
-    steps = max((_last_column(passage) for passage in record.passages), default=1)
-    for index, passage in enumerate(record.passages):
-        span = mlflow.start_span_no_context(
-            f"{passage.passage.role} {index}",
-            parent_span=root,
-            attributes=_passage_attributes(passage, index == record.chosen),
-            start_time_ns=start,
-        )
-        span.set_outputs({"text": passage.passage.thread.text, "answer": passage.passage.thread.answer})
-        span.end(end_time_ns=start + duration * _last_column(passage) // steps)
-    chosen = None if record.chosen is None else record.passages[record.chosen].passage.thread.answer
-    root.set_outputs({"answer": chosen, "outcome": record.found})
-    root.end(end_time_ns=start + duration)
-
-
-def _last_column(passage: JudgedPassage) -> int:
-    columns = passage.passage.thread.columns
-    return columns[-1] + 1 if columns else 1
 
 
 def _attributes(record: JudgedOutcome) -> dict[str, Any]:
@@ -126,6 +125,12 @@ def _passage_attributes(record: JudgedPassage, is_chosen: bool) -> dict[str, Any
         "group": record.passage.group,
         "finished": thread.finished,
     }
+
+
+def _what(summaries: Sequence[BenchmarkSummary]) -> str:
+    methods = dict.fromkeys(method.method for summary in summaries for method in summary.methods)
+    benchmarks = ", ".join(summary.benchmark for summary in summaries)
+    return f"Evaluation of {', '.join(methods)} on {benchmarks}: `report.md` has the tables, Traces the groups."
 
 
 def _metrics(summaries: Sequence[BenchmarkSummary]) -> dict[str, float]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lace_lightning.tracking.redact import redact_uri
 from lace_lightning.tracking.spool import Record, SpoolReader
+from lace_lightning.tracking.traces import send_trace
+from lace_lightning.tracking.weights import model_of, send_uses, send_weights
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -52,8 +55,10 @@ def _send(client: MlflowClient, reader: SpoolReader, records: list[Record]) -> N
 def _send_batch(client: MlflowClient, reader: SpoolReader, records: list[Record]) -> None:
     from mlflow.entities import Metric, Param, RunTag
 
+    evaluated = {record["weights_of"] for record in records if "weights_of" in record}
+    models = {run_id: model_of(client, run_id) for run_id in evaluated}
     metrics = [
-        Metric(key, value, record["time"], record["step"])
+        Metric(key, value, record["time"], record["step"], model_id=models.get(record.get("weights_of")))
         for record in records
         if record["kind"] == "metrics"
         for key, value in record["values"].items()
@@ -68,12 +73,24 @@ def _send_batch(client: MlflowClient, reader: SpoolReader, records: list[Record]
         tags=[RunTag(key, value) for key, value in tags.items()],
     )
     for record in records:
-        if record["kind"] == "artifact":
-            path = reader.folder / record["file"]
-            if path.exists():  # else it was sent before: copies are dropped only then
-                client.log_artifact(reader.run_id, str(path), record["folder"])
-        elif record["kind"] == "status":
-            client.set_terminated(reader.run_id, record["status"], record["time"])
+        if record["kind"] in _SEND:
+            _SEND[record["kind"]](client, reader, record)
+
+
+def _send_artifact(client: MlflowClient, reader: SpoolReader, record: Record) -> None:
+    path = reader.folder / record["file"]
+    if path.exists():  # else it was sent before: copies are dropped only then
+        client.log_artifact(reader.run_id, str(path), record["folder"])
+
+
+_SEND: dict[str, Callable[[MlflowClient, SpoolReader, Record], None]] = {
+    "artifact": _send_artifact,
+    "weights": lambda client, reader, record: send_weights(client, reader.run_id, record),
+    "uses": lambda client, reader, record: send_uses(client, reader.run_id, record),
+    "trace": lambda client, reader, record: send_trace(client, reader.run_id, record),
+    "status": lambda client, reader, record: client.set_terminated(reader.run_id, record["status"], record["time"]),
+}
+"""How records are sent that no batch can hold."""
 
 
 def _is_refusal(error: Exception) -> bool:

@@ -8,8 +8,9 @@ A spool is a folder::
     files/          artifacts that still have to be sent
     refused.jsonl   records that the server rejected for good, with its reason
 
-Kinds of records: ``metrics`` (time, step, values), ``param`` and ``tag`` (key, value), ``artifact`` (file, folder),
-``status`` (status, time). Times are milliseconds since 1970. Sending a record twice changes nothing, because MLflow's
+Kinds of records: ``metrics`` (time, step, values; weights_of, a run), ``param`` and ``tag`` (key, value), ``artifact``
+(file, folder), ``weights`` (step, tags, values), ``uses`` (runs), ``trace`` (trace_id, name, tags, spans), ``status``
+(status, time). Times are milliseconds since 1970. Sending a record twice changes nothing, because MLflow's
 primary key of a metric is all of run, name, time, step and value; so a sender may simply repeat what it is unsure of.
 """
 

@@ -91,6 +91,18 @@ def check(client: MlflowClient, uri: str) -> None:
         client.search_experiments(max_results=1)
 
 
+def run_or_none(client: MlflowClient, run_id: str) -> Run | None:
+    """The run; None where the store does not know it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
 def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
     from mlflow.exceptions import MlflowException
 
