@@ -19,6 +19,7 @@ TOOLS = {
     "synth": ("lace_lightning.cli.synth", "make traces from problems and a teacher"),
     "generate": ("lace_lightning.cli.generate", "a prompt in, N threads side by side in the terminal"),
     "eval": ("lace_lightning.cli.eval", "compare methods on benchmarks, at equal tokens and seconds"),
+    "sweep": ("lace_lightning.cli.sweep", "run many trials of a chain of stages, and make one table of them"),
     "bench": ("lace_lightning.cli.bench", "measure decoding and training beside the floor of this machine"),
     "demo": ("lace_lightning.cli.demo", "train and compare threads that talk and threads that don't, in minutes"),
     "ui": ("lace_lightning.cli.ui", "browse the runs in MLflow, on this machine only"),
