@@ -80,7 +80,7 @@ def resolve(arguments: Sequence[str]) -> dict[str, Any]:
         ArgumentError: an option or a key of a config is unknown, or its value is of a wrong type.
     """
     cli = build(arguments, run=False, kind=ParsedCLI)
-    return dict(yaml.safe_load(cli.parser.dump(cli.config)))
+    return dict(yaml.safe_load(cli.parser.dump(cli.config, skip_none=False)))
 
 
 def build(

@@ -78,8 +78,8 @@ def evaluation_settings(sweep: SweepSpec, point: Point, last: Settings, seed: in
     except ValueError as error:
         raise SweepError(f"{where}: {error}") from error
     model, data = last["model"]["init_args"], last["data"]["init_args"]
-    policy = {"spec": model["spec"], "max_length": data["max_length"], "tokenizer": data["tokenizer"]}
-    policy |= {"decoding": model["validation"]} if model["validation"] else {}
+    policy = {"spec": model["spec"], "max_length": data["max_length"], "tokenizer": data.get("tokenizer")}
+    policy |= {"decoding": model["validation"]} if model.get("validation") else {}
     settings = merge({"policies": {"trained": policy}, "output": ""}, settings) | {"seeds": [seed]}
     _check_evaluation(json.dumps(settings), where)
     _check_names(sweep, settings)

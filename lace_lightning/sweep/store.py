@@ -24,27 +24,19 @@ DONE, LOCK, LOG = "done.json", ".lock", "log.txt"
 
 
 @dataclass(frozen=True)
-class Parent:
-    """The parent run of what is tracked."""
-
-    tracking: Tracking
-    run_id: str
-
-
-@dataclass(frozen=True)
 class Store:
     """The folders of a sweep, or of several.
 
     Args:
         folder: of them all.
         room: how commands run.
-        parent: the run under which they are tracked, if they are.
+        tracking: whether and where runs are tracked; the room's environment names their parent.
         tell: is told what begins.
     """
 
     folder: Path
     room: Room
-    parent: Parent | None = None
+    tracking: Tracking | None = None
     tell: Callable[[str], None] = print
 
     def run(self, trial: Trial) -> Path:
@@ -95,7 +87,9 @@ class Store:
     def _fit(self, stage: PlannedStage, trial: Trial, folder: Path) -> None:
         settings = deepcopy(dict(stage.settings))
         if stage.after:
-            settings["model"]["init_args"]["init_from"] = [p for parent in stage.after for p in self.checkpoints(parent)]
+            settings["model"]["init_args"]["init_from"] = [
+                p for parent in stage.after for p in self.checkpoints(parent)
+            ]
         settings["trainer"] |= {
             "default_root_dir": str(folder),
             "enable_progress_bar": False,
@@ -116,8 +110,7 @@ class Store:
         settings = deepcopy(dict(trial.evaluation))
         settings["policies"]["trained"]["init_from"] = self.checkpoints(trial.stages[-1])
         settings["output"] = str(folder / "outcomes")
-        if self.parent is not None and self.parent.tracking.children:
-            tracking = self.parent.tracking
+        if (tracking := self.tracking) is not None and tracking.children:
             name = f"eval, {trial.point.label}, seed {trial.seed}"
             settings["tracking"] = {"experiment": tracking.experiment, "run_name": name, "uri": tracking.uri}
         config = folder / "evaluation.yaml"
@@ -134,11 +127,11 @@ class Store:
             raise
 
     def _logger(self, run_name: str, folder: Path) -> Any:
-        if self.parent is None or not self.parent.tracking.children:
+        tracking = self.tracking
+        if tracking is None or not tracking.children:
             return False
-        tracking = self.parent.tracking
         options = {"experiment_name": tracking.experiment, "run_name": run_name, "tracking_uri": tracking.uri}
-        options |= {"parent_run_id": self.parent.run_id, "save_dir": str(folder / "tracking")}
+        options |= {"save_dir": str(folder / "tracking")}
         return {"class_path": "lace_lightning.tracking.MLflowLogger", "init_args": options}
 
     @staticmethod

@@ -12,7 +12,7 @@ import platform
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Literal
@@ -138,26 +138,26 @@ class Ledger:
         unit_of: Callable[[Mapping[str, Any]], Unit],
         retry: frozenset[int] = frozenset(),
     ) -> Claim | None:
-        """A unit that a dead worker left, or one that Optuna suggests; None once there are ``limit`` of them."""
+        """A unit that a dead worker left, or one that Optuna suggests; None once there are ``limit`` of them.
+
+        Args:
+            space: what Optuna draws from.
+            limit: most units.
+            unit_of: the unit of what it drew; its key is replaced by the trial's number.
+            retry: numbers of failed trials that are to be run again.
+        """
         with self.alone():
             self._release_the_dead()
             states = self.states()
-            for state, before in states.values():
-                if state == "open" or before.number in retry and state == "failed":
+            for key, (state, before) in states.items():
+                if state == "open" or (state == "failed" and before.number in retry):
                     self.study.enqueue_trial(before.params)
-                    return self._begin(unit_of(before.params), self.study.ask(space))
+                    trial = self.study.ask(space)
+                    return self._begin(replace(unit_of(trial.params), key=key), trial)
             if len(states) >= limit:
                 return None
             trial = self.study.ask(space)
-            unit = unit_of(trial.params)
-            if unit.key in states and states[unit.key][0] == "finished":  # drawn before: its value is known
-                known = states[unit.key][1]
-                unit = Unit(f"{unit.key}-{trial.number}", unit.label, unit.seeds)
-                claim = self._begin(unit, trial)
-                trial.set_user_attr(OUTCOME, known.user_attrs[OUTCOME])
-                self.study.tell(trial, known.value)
-                return claim
-            return self._begin(unit, trial)
+            return self._begin(replace(unit_of(trial.params), key=f"suggestion {trial.number}"), trial)
 
     def _begin(self, unit: Unit, trial: optuna.Trial) -> Claim:
         self._storage.record_heartbeat(trial._trial_id)
@@ -219,11 +219,11 @@ class Ledger:
             url = url.replace("postgresql://", "postgresql+psycopg://", 1)
         try:
             with _no_experimental_warning():
-                return RDBStorage(
-                    url, options, heartbeat_interval=self._heartbeat, grace_period=3 * self._heartbeat
-                )
+                return RDBStorage(url, options, heartbeat_interval=self._heartbeat, grace_period=3 * self._heartbeat)
         except ImportError as error:
-            raise SweepError(f"storage {_hidden(url)} needs a driver: pip install 'lace-lightning[postgres]'") from error
+            raise SweepError(
+                f"storage {_hidden(url)} needs a driver: pip install 'lace-lightning[postgres]'"
+            ) from error
         except Exception as error:  # SQLAlchemy's and the drivers' own classes
             raise SweepError(f"storage {_hidden(url)} cannot be used: {type(error).__name__}: {error}") from error
 

@@ -28,6 +28,10 @@ _MLFLOW_SETTINGS = {
 }
 
 
+PARENT_VARIABLE = "LACE_PARENT_RUN_ID"
+"""Environment variable with the MLflow id of the run under which new runs are shown."""
+
+
 class TrackingError(RuntimeError):
     """The tracking store cannot be used; the message names it and the remedy."""
 
@@ -71,11 +75,15 @@ def open_run(
 ) -> Run:
     """A new run, in an experiment that is created if need be, with MLflow's usual tags about who started it from where.
 
+    Where the environment names a parent (``PARENT_VARIABLE``), as a sweep does for its trials, the run is its child.
+
     Raises:
         TrackingError: the store does not answer, or holds a deleted experiment of this name.
     """
     from mlflow.tracking.context.registry import resolve_tags
 
+    parent = os.environ.get(PARENT_VARIABLE)
+    tags = {**({"mlflow.parentRunId": parent} if parent else {}), **tags}
     with _remedies(uri), _one_at_a_time(uri):
         experiment_id = _experiment_id(client, uri, experiment_name)
         return client.create_run(experiment_id, tags=resolve_tags(tags), run_name=run_name)
