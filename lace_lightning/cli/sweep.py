@@ -81,9 +81,7 @@ def _dry_run(sweep: SweepSpec) -> int:
     folders = {folder for trial in trials for folder in (*(stage.folder for stage in trial.stages), trial.folder)}
     done = sum((store_folder(sweep) / folder / "done.json").exists() for folder in folders)
     stages = sum(len(trial.stages) + 1 for trial in trials)
-    print(
-        f"{len(trials)} trials with {stages} stages and evaluations, {len(folders)} of them different, {done} done before"
-    )
+    print(f"{len(trials)} trials: {stages} stages and evaluations, {len(folders)} different ones, {done} done before")
     return 0
 
 
@@ -103,7 +101,8 @@ def _plan_lines(trials: Sequence[Trial]) -> Iterator[str]:
     for number, trial in enumerate(trials, start=1):
         yield f"{number}. {trial.point.label}, seed {trial.seed}"
         yield f"   {' > '.join([*(stage.folder for stage in trial.stages), trial.folder])}"
-        yield from (f"   {line}" for line in difference(trial, bases[trial.seed]))
+        if trial.seed == trials[0].seed:  # other seeds differ alike
+            yield from (f"   {line}" for line in difference(trial, bases[trial.seed]))
 
 
 def _run(sweep: SweepSpec, given: argparse.Namespace) -> int:

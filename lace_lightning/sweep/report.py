@@ -41,10 +41,10 @@ def table(result: Result) -> Table:
 def notes(result: Result) -> list[str]:
     """How the table is to be read, and what is missing from it."""
     lines = [
-        f"Metric: {result.sweep.metric} ({result.sweep.direction}). ±: half of the 95 % interval, Student's t over seeds; "
-        "with one seed a bootstrap over problems. Difference: to the base row, paired by seed and problem, with the 95 % "
-        "interval of a bootstrap over both. p: sign-flip test over problems, for these weights; not corrected for the "
-        "number of rows."
+        f"Metric: {result.sweep.metric} ({result.sweep.direction}). ±: half of the 95 % interval, Student's t over "
+        "seeds; with one seed a bootstrap over problems. Difference: to the base row, paired by seed and problem, with "
+        "the 95 % interval of a bootstrap over both. p: sign-flip test over problems, for these weights; not corrected "
+        "for the number of rows."
     ]
     if result.num_open:
         lines += ["", f"{result.num_open} trials have not ended: this table is not complete."]

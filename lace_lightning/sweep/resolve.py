@@ -6,12 +6,12 @@ import json
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from lace_lightning.sweep.points import Point
 from lace_lightning.sweep.reading import shipped
-from lace_lightning.sweep.spec import EVALUATION, Change, SweepError, SweepSpec
+from lace_lightning.sweep.spec import EVALUATION, SweepError, SweepSpec
 
 Settings = dict[str, Any]
 
@@ -105,7 +105,7 @@ def _as_option(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parsed(arguments: tuple[str, ...], where: str) -> Settings:
     from lace_lightning.cli.main import without_unions
     from lace_lightning.cli.stages import resolve
@@ -116,7 +116,7 @@ def _parsed(arguments: tuple[str, ...], where: str) -> Settings:
         raise SweepError(f"{where}: {without_unions(str(error))}") from error
 
 
-@lru_cache(maxsize=None)
+@cache
 def _check_evaluation(settings: str, where: str) -> None:
     """Types and names, before any weights exist."""
     from jsonargparse import ArgumentParser

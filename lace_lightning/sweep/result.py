@@ -12,7 +12,7 @@ from lace_lightning.sweep.outcome import Outcome
 from lace_lightning.sweep.points import planned_points, suggested
 from lace_lightning.sweep.report import as_csv, markdown
 from lace_lightning.sweep.spec import SweepSpec
-from lace_lightning.sweep.study import ERROR, LABEL, OUTCOME, Ledger, Unit
+from lace_lightning.sweep.study import ERROR, LABEL, OUTCOME, SEEDS, Ledger, Unit
 from lace_lightning.sweep.table import Result, compare, measured_rows
 from lace_lightning.tracking.spool import replace_text
 
@@ -36,7 +36,11 @@ def result_of(sweep: SweepSpec, ledger: Ledger, units: Sequence[Unit]) -> Result
     for state, trial, label in found.values():
         if state == "finished":
             outcomes.setdefault(label, {}).update({int(seed): own for seed, own in trial.user_attrs[OUTCOME].items()})
-    failures = [(label, trial.user_attrs[ERROR]) for state, trial, label in found.values() if state == "failed"]
+    failures = [
+        (f"{label}, seed {', '.join(map(str, trial.user_attrs[SEEDS]))}", trial.user_attrs[ERROR])
+        for state, trial, label in found.values()
+        if state == "failed"
+    ]
     planned = len(units) if sweep.search != "tpe" else sweep.limits.trials
     num_open = planned - sum(state in ("finished", "failed") for state, _, _ in found.values())
     rows = compare(sweep, measured_rows(_without_empty(labels, outcomes), outcomes))

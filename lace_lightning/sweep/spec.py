@@ -38,7 +38,7 @@ class EvaluationSettings:
     Its policy ``trained`` is the trial's model: spec, weights, decoding and length limit come from the last stage.
 
     Args:
-        configs: files for ``lace eval --config``; they hold methods and benchmarks, no policy ``trained`` and no output.
+        configs: files for ``lace eval --config``, with methods and benchmarks, without policy ``trained`` and output.
         set: dotted keys and their values, on top of the configs.
     """
 

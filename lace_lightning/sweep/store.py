@@ -93,7 +93,11 @@ class Store:
         settings["trainer"] |= {
             "default_root_dir": str(folder),
             "enable_progress_bar": False,
-            "callbacks": [_kept_in(folder, callback) for callback in settings["trainer"]["callbacks"]],
+            "callbacks": [
+                _kept_in(folder, callback)
+                for callback in settings["trainer"]["callbacks"]
+                if not callback["class_path"].endswith("ProgressBar")  # a log is no place for one
+            ],
             "logger": self._logger(f"{stage.name}, {trial.point.label}, seed {trial.seed}", folder),
         }
         config = folder / "stage.yaml"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,11 +23,15 @@ import psutil
 from optuna.distributions import BaseDistribution
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import text
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import SQLAlchemyError
 
 from lace_lightning.sweep.spec import SweepError
+from lace_lightning.tracking.redact import redact_uri
 
-UNIT, LABEL, WORKER, ERROR, OUTCOME, SEARCH, PARENT = "unit", "label", "worker", "error", "outcome", "search", "parent"
+UNIT, LABEL, SEEDS, WORKER, ERROR, OUTCOME = "unit", "label", "seeds", "worker", "error", "outcome"
+SEARCH, PARENT = "search", "parent"
+"""Attributes of trials, and of the study."""
 
 State = Literal["open", "running", "finished", "failed"]
 
@@ -75,10 +80,14 @@ class Ledger:
         self, url: str, name: str, direction: str, heartbeat: int = 20, search_seed: int = 0, search: str = ""
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        url = url.replace("postgresql://", "postgresql+psycopg://", 1)  # SQLAlchemy's default is the driver before it
         self._lock_file = _lock_file(url)
         self._heartbeat = heartbeat
         self._name = name
-        self._storage = self._open(url)
+        with _remedies(url):
+            self._locks = create_engine(url)
+            with self.alone():  # making the tables is not safe beside others
+                self._storage = self._open(url)
         with self.alone():
             self.study = optuna.create_study(
                 storage=self._storage,
@@ -100,7 +109,7 @@ class Ledger:
                 yield
             return
         key = {"key": zlib.crc32(self._name.encode())}
-        with self._storage.engine.connect() as connection:
+        with self._locks.connect() as connection:
             connection.execute(text("SELECT pg_advisory_lock(:key)"), key)
             try:
                 yield
@@ -128,7 +137,7 @@ class Ledger:
             for unit in units:
                 state, before = states.get(unit.key, ("open", None))
                 if state == "open" or (state == "failed" and before is not None and before.number in retry):
-                    return self._begin(unit, self.study.ask())
+                    return self._begin(unit, self._ask())
         return None
 
     def claim_suggestion(
@@ -152,16 +161,20 @@ class Ledger:
             for key, (state, before) in states.items():
                 if state == "open" or (state == "failed" and before.number in retry):
                     self.study.enqueue_trial(before.params)
-                    trial = self.study.ask(space)
+                    trial = self._ask(space)
                     return self._begin(replace(unit_of(trial.params), key=key), trial)
             if len(states) >= limit:
                 return None
-            trial = self.study.ask(space)
+            trial = self._ask(space)
             return self._begin(replace(unit_of(trial.params), key=f"suggestion {trial.number}"), trial)
+
+    def _ask(self, space: dict[str, BaseDistribution] | None = None) -> optuna.Trial:
+        with _quiet():
+            return self.study.ask(space)
 
     def _begin(self, unit: Unit, trial: optuna.Trial) -> Claim:
         self._storage.record_heartbeat(trial._trial_id)
-        for name, value in ((WORKER, _me()), (LABEL, unit.label), (UNIT, unit.key)):
+        for name, value in ((WORKER, _me()), (LABEL, unit.label), (SEEDS, unit.seeds), (UNIT, unit.key)):
             trial.set_user_attr(name, value)
         return Claim(unit, trial.number, trial._trial_id, trial.params)
 
@@ -207,7 +220,7 @@ class Ledger:
 
     def _release_the_dead(self) -> None:
         """End the trials of processes that stopped: by missing heartbeats, on this machine at once."""
-        with _no_experimental_warning():
+        with _quiet():
             fail_stale_trials(self.study)
         for trial in self.trials():
             if trial.state == TrialState.RUNNING and _is_dead(trial.user_attrs.get(WORKER)):
@@ -215,17 +228,20 @@ class Ledger:
 
     def _open(self, url: str) -> RDBStorage:
         options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-        if url.startswith("postgresql://"):
-            url = url.replace("postgresql://", "postgresql+psycopg://", 1)
-        try:
-            with _no_experimental_warning():
-                return RDBStorage(url, options, heartbeat_interval=self._heartbeat, grace_period=3 * self._heartbeat)
-        except ImportError as error:
-            raise SweepError(
-                f"storage {_hidden(url)} needs a driver: pip install 'lace-lightning[postgres]'"
-            ) from error
-        except Exception as error:  # SQLAlchemy's and the drivers' own classes
-            raise SweepError(f"storage {_hidden(url)} cannot be used: {type(error).__name__}: {error}") from error
+        with _quiet():
+            return RDBStorage(url, options, heartbeat_interval=self._heartbeat, grace_period=3 * self._heartbeat)
+
+
+@contextmanager
+def _remedies(url: str) -> Iterator[None]:
+    """Say what to do when the storage does not work."""
+    try:
+        yield
+    except ImportError as error:
+        raise SweepError(f"storage {redact_uri(url)} needs a driver: pip install 'lace-lightning[postgres]'") from error
+    except SQLAlchemyError as error:
+        cause = getattr(error, "orig", None) or error
+        raise SweepError(f"storage {redact_uri(url)} cannot be used: {cause}") from error
 
 
 def _state(trial: FrozenTrial) -> State:
@@ -269,19 +285,13 @@ def _lock_file(url: str) -> Path | None:
         return path.with_name(f"{path.name}.lock")
     if url.startswith(("postgresql://", "postgresql+")):
         return None
-    raise SweepError(f"storage {_hidden(url)} is neither sqlite:///FILE nor postgresql://USER@HOST/DATABASE")
-
-
-def _hidden(url: str) -> str:
-    from lace_lightning.tracking.redact import redact_uri
-
-    return redact_uri(url)
+    raise SweepError(f"storage {redact_uri(url)} is neither sqlite:///FILE nor postgresql://USER@HOST/DATABASE")
 
 
 @contextmanager
-def _no_experimental_warning() -> Iterator[None]:
-    import warnings
-
+def _quiet() -> Iterator[None]:
+    """Without Optuna's warnings that heartbeats are experimental, and meant for its own loop."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.filterwarnings("ignore", message="Heartbeat of storage")
         yield
