@@ -15,7 +15,19 @@ from lace_lightning.sweep.spec import SweepError
 
 FILES = sorted(path.name for path in (SHIPPED / "sweeps").glob("*.yaml"))
 SMALL = [file for file in FILES if (SHIPPED / "sweeps" / file.replace(".yaml", "_paper.yaml")).exists()]
-TOPICS = {"exchange", "layers", "width", "gate", "rotary", "prompt", "shuffle", "threads", "stages", "data", "assessment"}
+TOPICS = {
+    "exchange",
+    "layers",
+    "width",
+    "gate",
+    "rotary",
+    "prompt",
+    "shuffle",
+    "threads",
+    "stages",
+    "data",
+    "assessment",
+}
 TOPICS |= {"selection", "objective"}
 
 
@@ -30,7 +42,9 @@ def test_every_topic_has_a_small_sweep_and_one_of_the_papers_size():
     assert {file.removesuffix(".yaml") for file in SMALL} == TOPICS
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(
+    "file", [pytest.param(file, marks=[pytest.mark.slow] if "paper" in file else []) for file in FILES]
+)
 def test_every_sweep_is_planned_with_every_key_known(file):
     sweep = read_sweep(str(SHIPPED / "sweeps" / file))
     trials = trials_of(sweep)

@@ -1,4 +1,4 @@
-"""A sweep on a real PostgreSQL server: workers share it, and what a dead one was at is taken over. No model is trained."""
+"""A sweep on a real PostgreSQL server: workers share it, and what a dead one left is taken over. Nothing is trained."""
 
 from __future__ import annotations
 

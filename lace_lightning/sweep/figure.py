@@ -31,7 +31,10 @@ def figure(result: Result) -> Figure:
         drawn.colorbar(image, ax=axes, label=result.sweep.metric)
     else:
         _bars(axes, rows)
-    {"lines": axes.set_ylabel, "bars": axes.set_xlabel}.get(kind, axes.set_title)(result.sweep.metric)
+    if kind == "lines":
+        axes.set_ylabel(result.sweep.metric)
+    elif kind == "bars":
+        axes.set_xlabel(result.sweep.metric)
     axes.set_title(result.sweep.name)
     return drawn
 

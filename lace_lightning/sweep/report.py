@@ -56,7 +56,7 @@ def notes(result: Result) -> list[str]:
 
 def as_csv(result: Result) -> str:
     """One line per row, all numbers in full, axes as columns of their own."""
-    axes = list(dict.fromkeys(axis for row in result.rows for axis in row.measured.values))
+    axes = list(dict.fromkeys(axis for row in result.rows for axis in row.measured.values if axis != "row"))
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
     numbers = ["mean", "low", "high", "difference", "difference_low", "difference_high", "p_value"]

@@ -48,7 +48,7 @@ def stage_settings(sweep: SweepSpec, point: Point, name: str, seed: int) -> Sett
     arguments += [f"--{key}={_as_option(value)}" for key, value in options.items()]
     # One parse serves all seeds: the seeded keys are known to exist after the first.
     arguments += [f"--{key}={sweep.seeds[0]}" for key in stage.seeded]
-    settings = deepcopy(_parsed(tuple(arguments), f"stage {name!r} of row {point.label!r}"))
+    settings = deepcopy(_parsed(arguments, f"stage {name!r} of row {point.label!r}"))
     for key in ["seed_everything", *stage.seeded]:
         _put(settings, key.split("."), seed)
     return settings
@@ -105,30 +105,39 @@ def _as_option(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-@cache
-def _parsed(arguments: tuple[str, ...], where: str) -> Settings:
+def _parsed(arguments: Sequence[str], where: str) -> Settings:
     from lace_lightning.cli.main import without_unions
-    from lace_lightning.cli.stages import resolve
 
     try:
-        return resolve(arguments)
+        return _parse_once(tuple(arguments))
     except (ArgumentError, ValueError, OSError) as error:
         raise SweepError(f"{where}: {without_unions(str(error))}") from error
 
 
 @cache
+def _parse_once(arguments: tuple[str, ...]) -> Settings:
+    from lace_lightning.cli.stages import resolve
+
+    return resolve(arguments)
+
+
 def _check_evaluation(settings: str, where: str) -> None:
     """Types and names, before any weights exist."""
+    try:
+        _check_once(settings)
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise SweepError(f"{where}: {error}") from error
+
+
+@cache
+def _check_once(settings: str) -> None:
     from jsonargparse import ArgumentParser
 
     from lace_lightning.evaluation.spec import EvaluationSpec
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(EvaluationSpec, None)
-    try:
-        EvaluationSpec(**vars(parser.instantiate_classes(parser.parse_object(json.loads(settings)))))
-    except (ArgumentError, TypeError, ValueError) as error:
-        raise SweepError(f"{where}: {error}") from error
+    EvaluationSpec(**vars(parser.instantiate_classes(parser.parse_object(json.loads(settings)))))
 
 
 def _check_names(sweep: SweepSpec, settings: Settings) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ class Store:
             Stopped: the sweep ends.
         """
         for stage in trial.stages:
-            self._once(stage.folder, lambda folder, stage=stage: self._fit(stage, trial, folder))
-        return self._once(trial.folder, lambda folder: self._evaluate(trial, folder))
+            self._once(stage.folder, partial(self._fit, stage, trial))
+        return self._once(trial.folder, partial(self._evaluate, trial))
 
     def checkpoints(self, stage: PlannedStage) -> list[str]:
         """The weights of a stage, with those that it started from: later ones win."""

@@ -33,6 +33,7 @@ UNIT, LABEL, SEEDS, WORKER, ERROR, OUTCOME = "unit", "label", "seeds", "worker",
 SEARCH, PARENT = "search", "parent"
 """Attributes of trials, and of the study."""
 
+Direction = Literal["maximize", "minimize"]
 State = Literal["open", "running", "finished", "failed"]
 
 
@@ -77,7 +78,7 @@ class Ledger:
     """
 
     def __init__(
-        self, url: str, name: str, direction: str, heartbeat: int = 20, search_seed: int = 0, search: str = ""
+        self, url: str, name: str, direction: Direction, heartbeat: int = 20, search_seed: int = 0, search: str = ""
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         url = url.replace("postgresql://", "postgresql+psycopg://", 1)  # SQLAlchemy's default is the driver before it
