@@ -117,7 +117,7 @@ def test_two_workers_that_want_one_stage_train_it_once(tmp_path):
 
 def test_the_lock_of_a_killed_holder_is_taken_over(tmp_path):
     (tmp_path / "stage").mkdir()
-    hold = "import fcntl,sys,time; f=open(sys.argv[1],'a'); fcntl.flock(f,2); print('held',flush=True); time.sleep(9)"
+    hold = "import fcntl,sys,time;f=open(sys.argv[1],'a');fcntl.flock(f,2);print('held',flush=True);time.sleep(9)"
     holder = subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path / "stage" / ".lock")], stdout=subprocess.PIPE, text=True
     )
