@@ -148,7 +148,7 @@ def test_a_command_that_fails_hangs_or_is_stopped_is_told_apart(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
 def test_a_command_does_not_outlive_a_sweep_that_is_killed(tmp_path):
     parent = (
-        "import subprocess,sys,os; c=subprocess.Popen([sys.executable,'-c','import lace_lightning.sweep.child as c,time;"
+        "import subprocess,sys,os;c=subprocess.Popen([sys.executable,'-c','import lace_lightning.sweep.child as c,time;"
         "c._end_with('+str(os.getpid())+');print(1,flush=True);time.sleep(60)']); print(c.pid,flush=True); c.wait()"
     )
     process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
@@ -253,6 +253,15 @@ def test_a_failed_trial_is_recorded_the_rest_go_on_and_a_retry_does_only_what_is
     assert [row.metric.value for row in result.rows] == [0.25, 0.75]
     assert result.rows[1].difference.value == 0.5 and [*result.rows[1].measured.by_seed] == [0, 1]
     assert (tmp_path / "sweeps/quick/report.png").stat().st_size > 1000
+
+
+def test_workers_get_the_gpus_in_turn_and_share_the_cores(tmp_path, ran, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    runner = start(make_sweep(tmp_path), ran, workers=3, gpus=["3", "5"])
+    assert [runner._environment(index)["CUDA_VISIBLE_DEVICES"] for index in range(3)] == ["3", "5", "3"]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert int(runner._environment(0)["OMP_NUM_THREADS"]) == max(1, cores // 3)
+    assert "CUDA_VISIBLE_DEVICES" not in start(make_sweep(tmp_path), ran)._environment(0)
 
 
 def test_tpe_suggests_as_many_trials_as_the_limit_and_each_runs_all_seeds(tmp_path, ran, monkeypatch):
