@@ -6,7 +6,6 @@ import time
 from typing import Any, NamedTuple
 
 import torch
-from lace_lightning.evaluation.gates import token_gates
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lace_lightning.callbacks.reporting import (
@@ -18,6 +17,7 @@ from lace_lightning.callbacks.reporting import (
     threaded,
 )
 from lace_lightning.decoding import Group, Rollout
+from lace_lightning.evaluation.inspection import Inspection, Inspector, look
 from lace_lightning.evaluation.judged import JudgedOutcome, make_judged
 from lace_lightning.evaluation.method import Cost, Outcome, Passage
 from lace_lightning.modules import LatticeGRPO, SampledGroups, ThreadedModule
@@ -127,7 +127,7 @@ def _judged(kept: _Kept, module: ThreadedModule, phase: str) -> JudgedOutcome:
     """The group as `lace eval` keeps outcomes, with its gates and the parts of its reward."""
     assert module.model is not None
     group = kept.group
-    record = make_judged(phase, module.stage, group.seed, _outcome(kept), kept.verdicts, _gates(kept, module))
+    record = make_judged(phase, module.stage, group.seed, _outcome(kept), kept.verdicts, _inspections(kept, module))
     if not isinstance(module, LatticeGRPO):
         return record
     total, parts = total_reward(module.rewards, [group], [kept.verdicts])
@@ -141,17 +141,18 @@ def _outcome(kept: _Kept) -> Outcome:
     return Outcome(group.problem, tuple(Passage(thread, "path") for thread in group.threads), chosen, kept.cost)
 
 
-def _gates(kept: _Kept, module: ThreadedModule) -> list[tuple[float, ...] | None]:
-    """Mean gate at every token of every thread; None where the exchange has none to read."""
+def _inspections(kept: _Kept, module: ThreadedModule) -> list[Inspection]:
+    """Every thread token by token, with its gates where the exchange has some to read."""
     model = module.model
     assert model is not None
     was_training = model.training
     model.eval()
     try:
-        rows = token_gates(model, kept.rollout, [kept.group]) if model.exchanges else None
+        looked = look(model, kept.rollout, [kept.group])
     finally:
         model.train(was_training)
-    return [None] * len(kept.group.threads) if rows is None else [*rows[0]]
+    inspector = Inspector(module.data.task.template, module.data.tokenizer)
+    return [inspector.thread(n, thread, looked) for n, thread in enumerate(kept.group.threads)]
 
 
 def _interest(group: Group, verdicts: list[Verdict]) -> int:

@@ -22,8 +22,8 @@ ANY_STAGE = ("exchange", "trainer")
 """Folders of files that go on top of any stage."""
 VALIDATED = ("real",)
 """Folders whose configs have nothing to train."""
-OF_OTHER_COMMANDS = ("eval", "countdown/eval", "synth")
-"""Beginnings of configs that are no stage's: of `lace eval` and `lace synth`, whose own tests read them."""
+OF_OTHER_COMMANDS = ("eval", "countdown/eval", "synth", "sweeps", "paper")
+"""Beginnings of configs whose own tests read them: of other commands, and stages that need weights and a GPU."""
 NEEDED = {"agents": "textworld"}
 """Packages that a folder's configs need and ``dev`` does not install."""
 STAGE = ("demo/base.yaml", "demo/sft.yaml")

@@ -20,6 +20,7 @@ TOOLS = {
     "generate": ("lace_lightning.cli.generate", "a prompt in, N threads side by side in the terminal"),
     "eval": ("lace_lightning.cli.eval", "compare methods on benchmarks, at equal tokens and seconds"),
     "view": ("lace_lightning.cli.view", "look at the threads of an evaluation in the browser"),
+    "sweep": ("lace_lightning.cli.sweep", "run many trials of a chain of stages, and make one table of them"),
     "bench": ("lace_lightning.cli.bench", "measure decoding and training beside the floor of this machine"),
     "demo": ("lace_lightning.cli.demo", "train and compare threads that talk and threads that don't, in minutes"),
     "register": ("lace_lightning.cli.register", "put a run's model into MLflow's registry: problems in, groups out"),

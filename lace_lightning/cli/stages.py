@@ -8,7 +8,9 @@ import shlex
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
+from typing import Any
 
+import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -86,13 +88,36 @@ def _next(command: str, cli: LaceCLI) -> list[tuple[str, str]]:
     ]
 
 
-def build(arguments: Sequence[str], run: bool = True, callbacks: Sequence[Callback] = ()) -> LaceCLI:
+class ParsedCLI(LaceCLI):
+    """Only parses and checks the arguments; builds nothing and touches no random state."""
+
+    def _set_seed(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        """Leave ``config`` as it was parsed."""
+
+
+def resolve(arguments: Sequence[str]) -> dict[str, Any]:
+    """The settings of a stage with all defaults filled in, from arguments without a subcommand.
+
+    Raises:
+        ArgumentError: an option or a key of a config is unknown, or its value is of a wrong type.
+    """
+    cli = build(arguments, run=False, kind=ParsedCLI)
+    return dict(yaml.safe_load(cli.parser.dump(cli.config, skip_none=False)))
+
+
+def build(
+    arguments: Sequence[str], run: bool = True, callbacks: Sequence[Callback] = (), kind: type[LaceCLI] = LaceCLI
+) -> LaceCLI:
     """The CLI for the arguments; runs the subcommand unless told not to (then give no subcommand).
 
     Args:
         arguments: what stands behind ``lace``.
         run: False only parses and builds.
         callbacks: callbacks besides those of the configuration.
+        kind: the class that does it.
 
     Raises:
         ArgumentError: an option or a key of a config is unknown, or its value is of a wrong type.
@@ -100,7 +125,7 @@ def build(arguments: Sequence[str], run: bool = True, callbacks: Sequence[Callba
     _quieten()
     _show_choices()
     raise_errors = {"exit_on_error": False}
-    return LaceCLI(
+    return kind(
         ThreadedModule,
         GroupData,
         subclass_mode_model=True,

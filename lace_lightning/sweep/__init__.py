@@ -1,0 +1,1 @@
+"""Sweeps: many trials of a chain of stages, one table (docs/sweeps.md)."""

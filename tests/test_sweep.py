@@ -1,0 +1,346 @@
+"""Sweeps: plans, shared stages, bookkeeping, statistics. Commands are replaced by quick ones; nothing is trained."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from itertools import product
+
+import numpy as np
+import pytest
+
+from lace_lightning.cli.shipped import SHIPPED
+from lace_lightning.sweep import runner as runner_module
+from lace_lightning.sweep.figure import figure, kind_of
+from lace_lightning.sweep.plan import PlannedStage, difference, plan
+from lace_lightning.sweep.points import planned_points
+from lace_lightning.sweep.process import CommandFailed, Room, Stopped
+from lace_lightning.sweep.reading import read_sweep
+from lace_lightning.sweep.report import as_csv, markdown
+from lace_lightning.sweep.runner import Runner, RunOptions
+from lace_lightning.sweep.spec import Axis, EvaluationSettings, Limits, StageSpec, SweepError, SweepSpec
+from lace_lightning.sweep.store import Store
+from lace_lightning.sweep.study import Ledger, Unit
+from lace_lightning.sweep.table import Measured, Result, compare, crossed, over_seeds, sign_flip
+
+
+def make_sweep(tmp_path, **changes) -> SweepSpec:
+    base = {
+        "name": "quick",
+        "stages": {
+            "backbone": StageSpec(["configs/demo/base.yaml", "configs/demo/pretrain.yaml"]),
+            "sft": StageSpec(["configs/demo/base.yaml", "configs/demo/sft.yaml"], after=["backbone"]),
+        },
+        "applies_to": ["sft"],
+        "evaluation": EvaluationSettings(["configs/sweeps/ground/doors_eval.yaml"]),
+        "search": "grid",
+        "axes": {"jitter": Axis(key="data.init_args.jitter", values=[0, 1])},
+        "seeds": [0, 1],
+        "output": str(tmp_path / "sweeps" / "quick"),
+    }
+    return SweepSpec(**{**base, **changes})
+
+
+# ---------------------------------------------------------------- plans
+
+
+def test_a_grid_is_the_product_and_random_draws_stay_in_their_ranges(tmp_path):
+    axes = {"a": Axis(key="x", values=[1, 2]), "b": Axis(key="y", values=[0.5, 3, 4])}
+    points = planned_points(make_sweep(tmp_path, axes=axes))
+    assert [tuple(point.values.values()) for point in points] == [*product([1, 2], [0.5, 3, 4])]
+    assert points[0].label == "a=1, b=0.5" and points[0].changes[1].set == {"y": 0.5}
+    axes = {"lr": Axis(key="x", range=[1e-4, 1e-1], log=True), "n": Axis(key="y", range=[2, 5], integer=True)}
+    sweep = make_sweep(tmp_path, search="random", axes=axes, limits=Limits(trials=50))
+    drawn = planned_points(sweep)
+    assert drawn == planned_points(sweep)
+    assert all(1e-4 <= point.values["lr"] <= 1e-1 and point.values["n"] in (2, 3, 4, 5) for point in drawn)
+    assert 0.2 < np.mean([point.values["lr"] < 10**-2.5 for point in drawn]) < 0.8  # even on a logarithmic scale
+
+
+def test_stages_with_equal_settings_seed_and_data_are_one_and_others_are_not(tmp_path):
+    trials = plan(make_sweep(tmp_path))
+    backbones = {trial.stages[0].digest: trial.seed for trial in trials}
+    assert len(backbones) == 2 and len({trial.stages[1].digest for trial in trials}) == 4
+    data = tmp_path / "traces.jsonl"
+    sft = StageSpec(["configs/demo/base.yaml", "configs/demo/sft.yaml"], set={"data.init_args.traces": str(data)})
+    digests = []
+    for content in ("one", "two", "one"):
+        data.write_text(content)
+        digests.append(plan(make_sweep(tmp_path, stages={"sft": sft}))[0].stages[0].digest)
+    assert digests[0] == digests[2] != digests[1]
+
+
+def test_the_plan_tells_what_differs_from_the_base_and_nothing_else(tmp_path):
+    base, other = plan(make_sweep(tmp_path, seeds=[3]))
+    assert list(difference(other, base)) == ["sft: data.init_args.jitter: 0 -> 1"]
+    assert base.stages[1].settings["seed_everything"] == 3
+
+
+def test_values_that_name_classes_import_nothing(tmp_path):
+    path = tmp_path / "sweep.yaml"
+    value = "{class_path: antigravity.Rocket}"
+    path.write_text(
+        f"extends: {SHIPPED}/sweeps/ground/doors.yaml\nname: x\nsearch: grid\n"
+        f"axes:\n  a: {{choices: {{one: {{set: {{key: {value}}}}}}}}}\n  b: {{key: key, values: [{value}]}}\n"
+    )
+    sweep = read_sweep(str(path))
+    assert (
+        sweep.axes["a"].choices["one"].set["key"] == sweep.axes["b"].values[0] == {"class_path": "antigravity.Rocket"}
+    )
+    assert "antigravity" not in sys.modules
+
+
+# ---------------------------------------------------------------- shared stages
+
+
+def a_stage(digest="a" * 40):
+    return PlannedStage("sft", {}, (), digest)
+
+
+def test_two_workers_that_want_one_stage_train_it_once(tmp_path):
+    done = []
+
+    def work(folder):
+        time.sleep(0.3)
+        done.append(folder)
+
+    store = Store(tmp_path, Room(), tell=lambda _: None)
+    threads = [threading.Thread(target=store._once, args=("stage", work)) for _ in range(3)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert len(done) == 1 and store.is_done("stage")
+
+
+def test_the_lock_of_a_killed_holder_is_taken_over(tmp_path):
+    (tmp_path / "stage").mkdir()
+    hold = "import fcntl,sys,time;f=open(sys.argv[1],'a');fcntl.flock(f,2);print('held',flush=True);time.sleep(9)"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path / "stage" / ".lock")], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    done = []
+    store = Store(tmp_path, Room(), tell=lambda _: None)
+    waiting = threading.Thread(target=store._once, args=("stage", done.append))
+    waiting.start()
+    time.sleep(0.5)
+    assert not done
+    holder.kill()
+    waiting.join(5)
+    assert len(done) == 1
+
+
+def test_a_command_that_fails_hangs_or_is_stopped_is_told_apart(tmp_path):
+    log = tmp_path / "log"
+    with pytest.raises(CommandFailed, match="lace nonsense ended with code 2"):
+        Room().run(["nonsense"], log)
+    with pytest.raises(CommandFailed, match="took longer"):
+        Room(deadline=time.monotonic() + 0.2).run(["demo"], log)
+    room = Room()
+    room.stop.set()
+    with pytest.raises(Stopped):
+        room.run(["demo"], log)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_command_does_not_outlive_a_sweep_that_is_killed(tmp_path):
+    parent = (
+        "import subprocess,sys,os;c=subprocess.Popen([sys.executable,'-c','import lace_lightning.sweep.child as c,time;"
+        "c._end_with('+str(os.getpid())+');print(1,flush=True);time.sleep(60)']); print(c.pid,flush=True); c.wait()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    pid = int(process.stdout.readline())
+    process.stdout.readline()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    end = time.monotonic() + 5
+    while os.path.exists(f"/proc/{pid}") and open(f"/proc/{pid}/stat").read().split()[2] != "Z":
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+# ---------------------------------------------------------------- bookkeeping
+
+
+def test_finished_trials_stay_failed_ones_wait_for_a_retry_and_lost_ones_go_on(tmp_path):
+    units = [Unit(str(i), f"row {i}", (0,)) for i in range(3)]
+    ledger = Ledger(f"sqlite:///{tmp_path}/study.db", "s", "maximize")
+    claims = [ledger.claim(units) for _ in range(3)]
+    assert [claim.unit.key for claim in claims] == ["0", "1", "2"] and ledger.claim(units) is None
+    assert ledger.finish(claims[0], 0.5, {}) and ledger.fail(claims[1], "it broke") and ledger.give_back(claims[2])
+    again = Ledger(f"sqlite:///{tmp_path}/study.db", "s", "maximize")
+    lost = again.claim(units)
+    assert lost.unit.key == "2" and again.claim(units) is None
+    retried = again.claim(units, frozenset([claims[1].number]))
+    assert retried.unit.key == "1" and again.claim(units, frozenset([claims[1].number])) is None
+    assert again.finish(retried, 0.7, {}) and not again.finish(claims[1], 0.1, {})
+    assert {key: state for key, (state, _) in again.states().items()} == {
+        "0": "finished", "1": "finished", "2": "running",
+    }  # fmt: skip
+
+
+def test_the_trial_of_a_process_that_died_here_is_free_at_once(tmp_path):
+    url = f"sqlite:///{tmp_path}/study.db"
+    program = f"""
+from lace_lightning.sweep.study import Ledger, Unit
+Ledger({url!r}, "s", "maximize").claim([Unit("0", "row", (0,))])
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert Ledger(url, "s", "maximize").claim([Unit("0", "row", (0,))]) is not None
+
+
+def test_storage_that_cannot_be_used_is_named_without_its_password(tmp_path):
+    with pytest.raises(SweepError, match="neither sqlite"):
+        Ledger("mysql://me@host/db", "s", "maximize")
+    pytest.importorskip("psycopg")
+    with pytest.raises(SweepError, match="cannot be used") as caught:
+        Ledger("postgresql://me:secret@127.0.0.1:1/db", "s", "maximize")
+    assert "secret" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- whole sweeps, with quick commands
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """What was run: each command of a trial writes what it should; jitter 1 is better by 0.5."""
+    commands = []
+
+    def run(room, arguments, log):
+        folder = log.parent
+        commands.append(folder.name)
+        if folder.name in ran_state["failing"]:
+            raise CommandFailed("out of memory")
+        if arguments[0] == "fit":
+            (folder / "checkpoints").mkdir()
+            (folder / "checkpoints" / "last.ckpt").touch()
+
+    def measure(sweep, folder):
+        jitter = ran_state["values"][folder.name]
+        numbers = [jitter / 2 + problem % 2 / 2 for problem in range(10)]
+        return {"lace": {"problems": list(range(10)), "values": {"acc": numbers}}}
+
+    ran_state = {"failing": set(), "values": {}}
+    monkeypatch.setattr(Room, "run", run)
+    monkeypatch.setattr(runner_module, "measure", measure)
+    return commands, ran_state
+
+
+def start(sweep, ran, **options) -> Runner:
+    runner = Runner(sweep, RunOptions("quick.yaml", **options), tell=lambda _: None)
+    ran[1]["values"] |= {trial.folder: trial.point.values["jitter"] for trial in runner.trials.values()}
+    return runner
+
+
+def test_a_failed_trial_is_recorded_the_rest_go_on_and_a_retry_does_only_what_is_missing(tmp_path, ran):
+    commands, state = ran
+    sweep = make_sweep(tmp_path, columns=[])
+    runner = start(sweep, ran, workers=2)
+    broken = [*runner.trials.values()][1].stages[1].folder
+    state["failing"] = {broken}
+    result = runner.run()
+    assert [label for label, _ in result.failures] == ["jitter=1, seed 0"] and result.num_open == 0
+    assert "out of memory" in (tmp_path / "sweeps/quick/report.md").read_text()
+    assert sorted(commands) == sorted(set(commands)) and len(commands) == 2 + 4 + 3  # backbones, sft, evaluations
+    commands.clear()
+    state["failing"] = set()
+    assert start(sweep, ran).run().failures and not commands  # not asked to
+    result = start(sweep, ran, retry_failed=True).run()
+    assert commands == [broken, [*runner.trials.values()][1].folder] and not result.failures
+    assert [row.metric.value for row in result.rows] == [0.25, 0.75]
+    assert result.rows[1].difference.value == 0.5 and [*result.rows[1].measured.by_seed] == [0, 1]
+    assert (tmp_path / "sweeps/quick/report.png").stat().st_size > 1000
+
+
+def test_workers_get_the_gpus_in_turn_and_share_the_cores(tmp_path, ran, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    runner = start(make_sweep(tmp_path), ran, workers=3, gpus=["3", "5"])
+    assert [runner._environment(index)["CUDA_VISIBLE_DEVICES"] for index in range(3)] == ["3", "5", "3"]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert int(runner._environment(0)["OMP_NUM_THREADS"]) == max(1, cores // 3)
+    assert "CUDA_VISIBLE_DEVICES" not in start(make_sweep(tmp_path), ran)._environment(0)
+
+
+def test_tpe_suggests_as_many_trials_as_the_limit_and_each_runs_all_seeds(tmp_path, ran, monkeypatch):
+    axes = {"jitter": Axis(key="data.init_args.jitter", range=[0, 3], integer=True)}
+    sweep = make_sweep(tmp_path, search="tpe", axes=axes, limits=Limits(trials=4), columns=[])
+
+    def measure(sweep, folder):
+        return {"lace": {"problems": [0, 1], "values": {"acc": [0.0, 1.0]}}}
+
+    monkeypatch.setattr(runner_module, "measure", measure)
+    result = Runner(sweep, RunOptions("quick.yaml"), tell=lambda _: None).run()
+    assert result.num_open == 0 and all(len(row.measured.by_seed) == 2 for row in result.rows)
+    assert len(Runner(sweep, RunOptions("quick.yaml")).ledger.states()) == 4
+    with pytest.raises(SweepError, match="another search"):
+        Runner(make_sweep(tmp_path, search="tpe", axes=axes, seeds=[5]), RunOptions("quick.yaml"))
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def test_the_interval_over_seeds_is_students():
+    from scipy import stats
+
+    values = [np.full(4, mean) for mean in (0.2, 0.5, 0.35)]
+    found = over_seeds(values)
+    low, high = stats.t.interval(0.95, 2, loc=0.35, scale=stats.sem([0.2, 0.5, 0.35]))
+    assert (found.value, found.low, found.high) == pytest.approx((0.35, low, high), abs=1e-3)
+
+
+def test_the_sign_flip_test_equals_the_exact_binomial_on_ties_and_wins():
+    from scipy import stats
+
+    gaps = np.array([1.0] * 9 + [-1.0] * 2 + [0.0] * 20)
+    assert sign_flip(gaps) == pytest.approx(stats.binomtest(9, 11).pvalue, abs=0.01)
+    assert sign_flip(np.zeros(5)) == 1.0
+
+
+def test_differences_are_paired_by_seed_and_problem(tmp_path):
+    generator = np.random.default_rng(0)
+
+    def measured(label, shift, order):
+        noise = np.random.default_rng(1).normal(0, 5, (2, 40))  # the same problems are hard for both
+        own = {seed: {"problems": list(order), "values": {"acc": list(noise[seed][order] + shift)}} for seed in (0, 1)}
+        return Measured(label, {"row": label}, "lace", own)
+
+    rows = [measured("base", 0.0, np.arange(40)), measured("other", 0.1, generator.permutation(40))]
+    base, other = compare(make_sweep(tmp_path, columns=[]), rows)
+    assert base.difference is None
+    assert (other.difference.low, other.difference.high) == pytest.approx((0.1, 0.1))
+    assert other.p_value < 0.001
+
+
+def test_the_bootstrap_over_seeds_and_problems_covers_both_sources():
+    only_seeds = crossed(np.array([[0.0] * 50, [1.0] * 50]))
+    assert (only_seeds.low, only_seeds.value, only_seeds.high) == pytest.approx((0.0, 0.5, 1.0))
+    gaps = np.random.default_rng(0).normal(0, 1, (1, 400))
+    width = crossed(gaps).high - crossed(gaps).low
+    assert width == pytest.approx(2 * 1.96 * gaps.std() / 20, rel=0.1)
+
+
+def test_figures_fit_the_rows_and_reports_hold_them(tmp_path):
+    def rows(axes):
+        numbers = {0: {"problems": [0, 1], "values": {"acc": [0.0, 1.0]}}}
+        return [
+            Measured(str(values), dict(zip(axes, values, strict=True)), "lace", numbers)
+            for values in product(*axes.values())
+        ]
+
+    sweep = make_sweep(tmp_path, columns=[])
+    kinds = {}
+    for name, axes in {
+        "lines": {"n": [1, 2, 4]},
+        "bars": {"row": ["a|b", "c"]},
+        "heat map": {"r": [1, 2], "h": ["x", "y"]},
+    }.items():
+        result = Result(sweep, compare(sweep, rows(axes)), [], 1)
+        kinds[name] = kind_of(result.rows)
+        figure(result).savefig(tmp_path / "figure.png")
+        text = markdown(result)
+        assert "not complete" in text and len(as_csv(result).splitlines()) == len(result.rows) + 1
+        assert {line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")} == {6}
+    assert all(name == kind for name, kind in kinds.items())
