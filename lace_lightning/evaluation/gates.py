@@ -17,20 +17,26 @@ def token_gates(model: ThreadedLM, rollout: Rollout, groups: Sequence[Group]) ->
     """Mean gate over lattice layers and channels at every token of every thread, by one more forward pass.
 
     Returns:
-        B lists of N tuples, one number per token as in ``Thread.token_ids``; None if the model has no exchange.
+        B lists of N tuples, one number per token as in ``Thread.token_ids``; None if no exchange records gates.
     """
     if not model.exchanges:
         return None
-    gates = torch.cat([_chunk(model, rollout, start) for start in range(0, len(groups), CHUNK)]).tolist()
+    chunks = [_chunk(model, rollout, start) for start in range(0, len(groups), CHUNK)]
+    known = [chunk for chunk in chunks if chunk is not None]
+    if len(known) < len(chunks):
+        return None
+    gates = torch.cat(known).tolist()
     return [
         [tuple(row[column] for column in thread.columns) for thread, row in zip(group.threads, rows, strict=True)]
         for group, rows in zip(groups, gates, strict=True)
     ]
 
 
-def _chunk(model: ThreadedLM, rollout: Rollout, start: int) -> torch.Tensor:
-    """(groups, N, T) mean gate over layers, of the columns after the prompt."""
+def _chunk(model: ThreadedLM, rollout: Rollout, start: int) -> torch.Tensor | None:
+    """(groups, N, T) mean gate over layers, of the columns after the prompt; None if none were recorded."""
     rows = slice(start, start + CHUNK)
     readings = model.read(rollout.input_ids[rows], rollout.attention_mask[rows], rollout.prompt_length)
+    if not readings:
+        return None
     columns = rollout.input_ids.shape[-1] - rollout.prompt_length
     return torch.stack([reading.gate[..., -columns:].float() for reading in readings]).mean(0)
