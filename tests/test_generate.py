@@ -573,3 +573,17 @@ def test_frames_are_drawn_no_faster_than_the_eye_or_a_tenth_of_the_time(monkeypa
             view.update([])
     gaps = [later - earlier for earlier, later in zip(frames, frames[1:], strict=False)]
     assert len(gaps) >= 3 and min(gaps) >= 0.5
+
+
+def test_final_panes_are_shaded_by_the_gates_of_their_tokens():
+    tokenizer = Doors().tokenizer()
+    ids = tokenizer.encode("doors 8 tries 2", add_special_tokens=False)
+    transcript = Transcript(1, tokenizer, [tokenizer.eos_token_id])
+    for time, token in enumerate(ids):
+        one = torch.tensor([[token]])
+        transcript.add(Column(time, one, one >= 0, one < 0, one.float()))
+    whole = transcript.text(0)
+    transcript.shade([[0.0, 0.5, 0.55, 1.0][: len(ids)]])
+    spans = transcript.spans(0)
+    assert "".join(span.text for span in spans) == whole
+    assert [span.shade for span in spans] == [0, 2, 4]

@@ -18,6 +18,7 @@ from mlflow.tracking import MlflowClient
 from lace_lightning.callbacks import GroupTraces, Lineage
 from lace_lightning.cli import sync, ui
 from lace_lightning.embedding import NgramEmbedder
+from lace_lightning.exchange import SameStepConfig
 from lace_lightning.modules import LatticeGRPO, SupervisedFinetuning, ThreadedModule
 from lace_lightning.rewards import AccuracyReward, DiversityReward
 from lace_lightning.tasks import Verdict
@@ -31,7 +32,7 @@ from lace_lightning.tracking.spool import SpoolReader
 from lace_lightning.tracking.system import SystemMetrics
 from tests.eval_helpers import judged
 from tests.stage_helpers import DECODING, problem_data, quiet_trainer, spec, trace_data
-from tests.test_tracking import Unreliable, unreliable  # noqa: F401
+from tests.test_tracking import Unreliable, free_port, kill_server, start_server, unreliable  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +192,16 @@ def test_rollouts_are_traces_with_the_parts_of_their_reward(uri: str, tmp_path: 
     assert numbers["reward/total"] == pytest.approx(numbers["reward/accuracy"] + 0.1 * numbers["reward/diversity"])
 
 
+def test_an_exchange_that_records_no_gates_has_traces_without_them(uri: str, tmp_path: Path) -> None:
+    logger = make_logger(uri, tmp_path)
+    module: ThreadedModule = LatticeGRPO(spec(SameStepConfig(width=8, heads=2)), rollout=DECODING, groups_per_problem=2)
+    trainer = quiet_trainer(1, [GroupTraces(max_groups=1)], logger=logger, log_every_n_steps=1)
+    trainer.fit(module, datamodule=problem_data())
+    client = MlflowClient(uri)
+    [trace] = client.search_traces(locations=[run_of(logger).info.experiment_id], run_id=logger.run_id)
+    assert {span.attributes.get("gate_mean") for span in trace.data.spans[1:]} == {None}
+
+
 def test_a_trace_that_is_sent_twice_is_there_once(uri: str, tmp_path: Path) -> None:
     logger = make_logger(uri, tmp_path)
     logger.log_trace(trace_of(judged([("8", Verdict.WRONG), ("7", Verdict.CORRECT)], number=5), {"step": "3"}))
@@ -201,6 +212,25 @@ def test_a_trace_that_is_sent_twice_is_there_once(uri: str, tmp_path: Path) -> N
     found = client.search_traces(locations=[experiment], filter_string="tag.outcome = 'found but not chosen'")
     assert [(trace.info.tags["step"], len(trace.data.spans)) for trace in found] == [("3", 3)]
     assert found[0].data.spans[0].outputs["outcome"] == "found but not chosen"
+
+
+@pytest.mark.slow
+def test_a_real_server_takes_weights_links_and_traces(tmp_path: Path) -> None:
+    port = free_port()
+    server = start_server(tmp_path, port)
+    try:
+        logger = make_logger(f"http://127.0.0.1:{port}", tmp_path / "runs")
+        logger.log_metrics({"loss": 1.0}, 0)
+        logger.log_weights(3, {"checkpoint": "x.ckpt"})
+        logger.log_trace(trace_of(judged([("7", Verdict.CORRECT)], number=5)))
+        logger.finalize("success")
+        run, client = run_of(logger), MlflowClient(logger.tracking_uri)
+        [output] = run.outputs.model_outputs
+        assert client.get_logged_model(output.model_id).tags["checkpoint"] == "x.ckpt"
+        [trace] = client.search_traces(locations=[run.info.experiment_id], run_id=logger.run_id)
+        assert len(trace.data.spans) == 2 and not SpoolReader(Path(logger.log_dir, "spool")).pending()
+    finally:
+        kill_server(server)
 
 
 # ---------------------------------------------------------------- system metrics
@@ -231,7 +261,6 @@ def test_a_fork_of_the_process_does_not_measure_too(uri: str, tmp_path: Path) ->
     child = os.fork()
     if child == 0:  # the threads of a process do not come along, and none is started
         metrics.start()
-        metrics.stop()
         os._exit(1 if any(t.name == "system-metrics" for t in threading.enumerate()) else 0)
     assert os.waitpid(child, 0)[1] == 0
     metrics.stop()

@@ -114,6 +114,7 @@ def _play(request: Request, plain: bool) -> int:
     from lace_lightning.cli.outcome import Outcome
     from lace_lightning.cli.transcript import State, Transcript
     from lace_lightning.decoding import to_groups
+    from lace_lightning.evaluation.inspection import look
 
     prompt, environment, decoder = request.prompt_ids(), request.environment(), request.decoder()
     transcript = Transcript(request.num_threads, request.tokenizer, decoder.rules.eos_ids)
@@ -132,6 +133,8 @@ def _play(request: Request, plain: bool) -> int:
             return INTERRUPTED
         view.update(transcript.close(State.LIMIT))
         [group] = to_groups(rollout, [request.problem], [request.seed], request.tokenizer, request.template)
+        if (looked := look(request.model, rollout, [group])) is not None:
+            transcript.shade([looked.gates_at(0, n, thread) for n, thread in enumerate(group.threads)])
         view.finish(Outcome(group, request.judge(group)))
     return 0
 

@@ -30,6 +30,8 @@ SECONDS_PER_FRAME = 0.1
 MAX_DRAWING_SHARE = 0.1
 
 FORCED_STYLE = "italic yellow"
+SHADE_STYLES = ("", "on grey15", "on grey23", "on grey30", "on grey37")
+"""Of gates from closed to open; the final panes show them, when the whole group has been read once more."""
 TAG_STYLES = {Tag.BEST: "bold green", Tag.SUCCESS: "bold cyan", Tag.FAIL: "bold red"}
 STATE_STYLES = {
     State.WRITING: "cyan",
@@ -140,7 +142,7 @@ def _styled(spans: Sequence[Span]) -> Text:
     """Text in which nothing is markup: words of the environment in their own style, tags in their colours."""
     text = Text()
     for span in spans:
-        text.append(printable(span.text), style=FORCED_STYLE if span.is_forced else "")
+        text.append(printable(span.text), style=f"{FORCED_STYLE if span.is_forced else ''} {SHADE_STYLES[span.shade]}")
     return _tagged(text)
 
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
     from lace_lightning.decoding import Column
 
+SHADES = 5
+MAX_SHADED_TOKENS = 1024
+"""Longer threads are not shaded: each change of shade spells the thread anew."""
 REPLACEMENT = "\ufffd"
 
 
@@ -27,17 +30,26 @@ class State(StrEnum):
 
 
 class Span(NamedTuple):
-    """A piece of a thread's text, written by the thread itself or by the environment."""
+    """A piece of a thread's text, written by the thread itself or by the environment, and how far its gates stood open.
+
+    ``shade`` runs from 0 to ``SHADES`` - 1; it is 0 where gates are not known.
+    """
 
     text: str
     is_forced: bool
+    shade: int = 0
 
 
 @dataclass
 class _Thread:
     ids: list[int] = field(default_factory=list)
     forced: list[bool] = field(default_factory=list)
+    shades: list[int] = field(default_factory=list)
     state: State = State.WRITING
+
+    def kind(self, turn: int) -> tuple[bool, int]:
+        """Who wrote a token, and its shade."""
+        return self.forced[turn], self.shades[turn]
 
 
 class Transcript:
@@ -70,6 +82,7 @@ class Transcript:
             if written:
                 thread.ids.append(token)
                 thread.forced.append(forced)
+                thread.shades.append(0)
                 if token in self._eos_ids:
                     thread.state = State.ENDED
                     ended.append(index)
@@ -81,6 +94,12 @@ class Transcript:
         for index in stopped:
             self._threads[index].state = state
         return stopped
+
+    def shade(self, gates: Sequence[Sequence[float]]) -> None:
+        """Note the mean gate, 0 … 1, at every token of every thread."""
+        for thread, values in zip(self._threads, gates, strict=True):
+            if len(values) == len(thread.ids) <= MAX_SHADED_TOKENS:
+                thread.shades = [min(SHADES - 1, int(value * SHADES)) for value in values]
 
     def state(self, index: int) -> State:
         return self._threads[index].state
@@ -100,15 +119,18 @@ class Transcript:
         return text.rstrip(REPLACEMENT) if thread.state in (State.WRITING, State.WAITING) else text
 
     def spans(self, index: int) -> list[Span]:
-        """:meth:`text`, cut where thread and environment take turns. A space between the two counts to the second."""
+        """:meth:`text`, cut where thread and environment take turns or the shade changes.
+
+        A space between two pieces counts to the second.
+        """
         thread, text = self._threads[index], self.text(index)
         spans, start = [], 0
         for turn in range(1, len(thread.ids) + 1):
             is_last = turn == len(thread.ids)
-            if is_last or thread.forced[turn] != thread.forced[turn - 1]:
+            if is_last or thread.kind(turn) != thread.kind(turn - 1):
                 before = text if is_last else commonprefix([text, self._spell(thread.ids[:turn])])
                 end = max(start, len(before))
-                spans.append(Span(text[start:end], thread.forced[turn - 1]))
+                spans.append(Span(text[start:end], *thread.kind(turn - 1)))
                 start = end
         return spans
 
