@@ -353,7 +353,8 @@ PROGRAM = """
 import json, os, signal, sys
 from lace_lightning.synthesis.chat import ChatRequest
 from lace_lightning.synthesis.chats import OpenAIChat
-signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the command line does
+for number in (signal.SIGINT, signal.SIGTERM):  # as the command line does; a background job starts with SIGINT ignored
+    signal.signal(number, signal.default_int_handler)
 requests = [ChatRequest((("user", text),)) for text in ["one", "two", "hang x", "hang y"]]
 def on_reply(index, reply):
     print(index, flush=True)
@@ -374,7 +375,10 @@ def test_signals_end_the_asking_at_once_and_keep_what_has_arrived(server, number
         while server.in_flight < 2:
             time.sleep(0.01)
         process.send_signal(number)
-        rest, errors = process.communicate(timeout=10)
+        try:
+            rest, errors = process.communicate(timeout=10)
+        finally:
+            process.kill()
     assert arrived == {"0\n", "1\n"} and rest == "interrupted\n"
     assert not errors, "no complaint about tasks or connections left behind"
 

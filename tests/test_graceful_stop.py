@@ -147,8 +147,8 @@ def test_failed_write_leaves_the_earlier_checkpoint_whole(tmp_path: Path, monkey
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
 
-    def half(checkpoint: object, stream) -> None:
-        stream.write(b"half of it")
+    def half(checkpoint: object, file: Path) -> None:
+        file.write_bytes(b"half of it")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", half)

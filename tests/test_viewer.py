@@ -109,7 +109,7 @@ def by_hand(policy: ModelPolicy, group) -> dict[tuple[int, int], dict[tuple[int,
         ids[0, n, at], mask[0, n, at] = torch.tensor(thread.token_ids), True
     mixed: list[torch.Tensor] = []
 
-    def watch(q: torch.Tensor, k: torch.Tensor, lattice_mask: LatticeMask) -> torch.Tensor:
+    def watch(q: torch.Tensor, k: torch.Tensor, lattice_mask: LatticeMask, bias: None) -> torch.Tensor:
         unit = torch.eye(k.shape[2]).expand(*k.shape[:2], -1, -1)
         mixed.append(eager(q, k, unit, lattice_mask).mean(1))
         return attention_weights(q, k, lattice_mask)
