@@ -214,6 +214,22 @@ def test_a_trace_that_is_sent_twice_is_there_once(uri: str, tmp_path: Path) -> N
     assert found[0].data.spans[0].outputs["outcome"] == "found but not chosen"
 
 
+def test_an_older_server_gets_its_spans_as_an_artifact(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its store has no place for spans, and says so."""
+
+    def refuse(*_: Any) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr("mlflow.tracing.client.TracingClient.log_spans", refuse)
+    logger = make_logger(uri, tmp_path)
+    logger.log_trace(trace_of(judged([("7", Verdict.CORRECT)], number=6), {"step": "4"}))
+    logger.finalize("success")
+    [trace] = MlflowClient(uri).search_traces(locations=[run_of(logger).info.experiment_id], run_id=logger.run_id)
+    assert trace.info.tags["step"] == "4" and len(trace.data.spans) == 2
+
+
 @pytest.mark.slow
 def test_a_real_server_takes_weights_links_and_traces(tmp_path: Path) -> None:
     port = free_port()

@@ -75,7 +75,7 @@ def send_trace(client: MlflowClient, run_id: str, record: Mapping[str, Any]) -> 
     try:
         tracing.log_spans(experiment_id, spans)
         tracing.start_trace(info)
-    except NotImplementedError:  # a store that keeps spans as artifacts
+    except NotImplementedError:  # an older server: its store has no place for spans, they become an artifact
         tracing._upload_trace_data(tracing.start_trace(info), TraceData(spans))
 
 
