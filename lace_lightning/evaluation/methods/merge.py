@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lace_lightning.evaluation.method import Method, Outcome, Policy
+from lace_lightning.evaluation.method import Outcome, Policy
 from lace_lightning.evaluation.methods.choice import certainty, vote
+from lace_lightning.evaluation.methods.lone import LoneThreads
 from lace_lightning.evaluation.methods.record import (
     Question,
     Record,
     answer_of,
     ask,
-    check_at_least,
     records,
     solve_alone,
 )
@@ -19,24 +19,12 @@ from lace_lightning.tasks import FollowUp
 from lace_lightning.traces.schema import Problem
 
 
-class MergePaths(Method):
+class MergePaths(LoneThreads):
     """N single threads, then one more that reads all of them and answers.
 
     Where that one gives no answer, the paths vote, which the notes say (``fallback``). Unlike ParaThinker the last pass
     reads the paths as text of a new prompt, not in their caches: its prompt is paid in full.
-
-    Args:
-        policy: name of the policy that it asks.
-        num_threads: N.
-
-    Raises:
-        ValueError: ``num_threads`` is below 1.
     """
-
-    def __init__(self, policy: str, num_threads: int = 4) -> None:
-        super().__init__(policy)
-        check_at_least(1, num_threads=num_threads)
-        self.num_threads = num_threads
 
     def solve(self, policy: Policy, problems: Sequence[Problem], seeds: Sequence[int]) -> list[Outcome]:
         owners = records(problems, seeds)

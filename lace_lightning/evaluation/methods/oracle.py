@@ -4,29 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lace_lightning.evaluation.method import Method, Outcome, Policy
-from lace_lightning.evaluation.methods.record import check_at_least, records, solve_alone
+from lace_lightning.evaluation.method import Outcome, Policy
+from lace_lightning.evaluation.methods.lone import LoneThreads
+from lace_lightning.evaluation.methods.record import records, solve_alone
 from lace_lightning.tasks import Verdict
 from lace_lightning.traces.schema import Problem
 
 
-class BestOfN(Method):
+class BestOfN(LoneThreads):
     """N single threads, of which the task's own judge picks a correct one: an upper bound, no method.
 
     Its notes say ``oracle: true``.
-
-    Args:
-        policy: name of the policy that it asks.
-        num_threads: N.
-
-    Raises:
-        ValueError: ``num_threads`` is below 1.
     """
-
-    def __init__(self, policy: str, num_threads: int = 4) -> None:
-        super().__init__(policy)
-        check_at_least(1, num_threads=num_threads)
-        self.num_threads = num_threads
 
     def solve(self, policy: Policy, problems: Sequence[Problem], seeds: Sequence[int]) -> list[Outcome]:
         owners = records(problems, seeds)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lace_lightning.evaluation.method import Method, Outcome, Policy
+from lace_lightning.evaluation.method import Outcome, Policy
 from lace_lightning.evaluation.methods.choice import claiming, vote
-from lace_lightning.evaluation.methods.record import check_at_least, records, solve_alone
+from lace_lightning.evaluation.methods.lone import LoneThreads
+from lace_lightning.evaluation.methods.record import records, solve_alone
 from lace_lightning.traces.schema import Problem
 
 
-class IndependentVote(Method):
+class IndependentVote(LoneThreads):
     """N single threads and the most frequent of their answers (self-consistency).
 
     Args:
@@ -24,9 +25,7 @@ class IndependentVote(Method):
     """
 
     def __init__(self, policy: str, num_threads: int = 4, claimed: bool = False) -> None:
-        super().__init__(policy)
-        check_at_least(1, num_threads=num_threads)
-        self.num_threads = num_threads
+        super().__init__(policy, num_threads)
         self.claimed = claimed
 
     def solve(self, policy: Policy, problems: Sequence[Problem], seeds: Sequence[int]) -> list[Outcome]:
