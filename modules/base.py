@@ -275,7 +275,8 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, list):
         items = list(enumerate(value))
     elif is_dataclass(value):
-        items = [("type", type(value).__name__), *((f.name, getattr(value, f.name)) for f in fields(value))]
+        told = [f for f in fields(value) if not f.metadata.get("neutral")]
+        items = [("type", type(value).__name__), *((f.name, getattr(value, f.name)) for f in told)]
     elif isinstance(value, Reward):
         plain = {name: part for name, part in vars(value).items() if isinstance(part, bool | int | float | str)}
         items = [("type", type(value).__name__), *plain.items()]
