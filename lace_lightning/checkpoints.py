@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lace_lightning.sharding import gathered
+
 TRAINED = "lace_trained"
 """Key of a checkpoint: names of the parameters that its stage trained, all of which must be in its state."""
 FROZEN = "lace_frozen"
@@ -139,7 +141,7 @@ def initialise(module: nn.Module, paths: Sequence[str | Path]) -> dict[str, Path
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().flatten()
+    flat = gathered(tensor.detach()).flatten()
     return flat[:: max(1, len(flat) // 8)][:8].float().cpu()
 
 

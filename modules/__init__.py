@@ -1,6 +1,7 @@
 """LightningModules, one per stage."""
 
 from lace_lightning.modules.base import DecodingSpec, SampledGroups, ThreadedModule
+from lace_lightning.modules.fully_sharded import FullySharded
 from lace_lightning.modules.lattice_grpo import LatticeGRPO
 from lace_lightning.modules.optimizer import OptimizerSpec
 from lace_lightning.modules.trace_stages import BackbonePretraining, ContinuedPretraining, SupervisedFinetuning
@@ -9,6 +10,7 @@ __all__ = [
     "BackbonePretraining",
     "ContinuedPretraining",
     "DecodingSpec",
+    "FullySharded",
     "LatticeGRPO",
     "OptimizerSpec",
     "SampledGroups",
