@@ -6,6 +6,7 @@ width, Q and K widths of queries and keys, I of the MLP, r of the lattice. Every
 
 from __future__ import annotations
 
+from lace_lightning.exchange.backends import MIN_BLOCKED
 from lace_lightning.memory.run import Run
 
 
@@ -19,11 +20,7 @@ def kept_by_layer(run: Run, index: int) -> int:
     attends = index > shape.first_with_gradient or shape.learns_linears or not is_lattice
     by_token = _norms_and_mlp(run, attends) + (_projections(run) if attends else 0)
     by_row = _attention(run) if attends else 0
-    return (
-        batch.tokens * by_token
-        + batch.attended * by_row
-        + (_exchange(run) * batch.positions if is_lattice else 0)
-    )
+    return batch.tokens * by_token + batch.attended * by_row + (_exchange(run) * batch.positions if is_lattice else 0)
 
 
 def kept_by_checkpoint(run: Run, index: int) -> int:
@@ -39,13 +36,26 @@ def kept_by_all_layers(run: Run) -> int:
     kept = kept_by_checkpoint if run.checkpointing else kept_by_layer
     layers = sum(kept(run, index) for index in range(run.shape.layers))
     tables = 2 * run.shape.head_dim * run.precision.residual * run.training.attended
-    mask = run.training.attended * run.training.columns if _has_mask(run) else 0
-    return layers + tables + mask + _lattice_mask(run)
+    mask = run.training.attended * run.training.columns if _has_mask(run) and run.checkpointing else 0
+    return layers + tables + mask + _lattice_tables(run)
 
 
 def largest_layer(run: Run) -> int:
     """Bytes that the layer with the most to keep keeps; what checkpointing recomputes at once."""
     return max(kept_by_layer(run, index) for index in range(run.shape.layers))
+
+
+def casts(run: Run) -> int:
+    """Bytes of the copies of layers' weights that autocast makes and products keep for the backward pass."""
+    shape = run.shape
+    if not run.precision.is_mixed or (run.compile and run.checkpointing):
+        return 0  # in compiled layers no copy outlives its layer, unless the layer keeps it
+    layers = shape.backbone - shape.tables
+    if not shape.learns_linears:  # copies of frozen weights are kept where gradients pass
+        layers = (shape.layers - shape.first_with_gradient) * shape.layer
+        layers -= shape.hidden * (shape.queries + 2 * shape.keys)
+        layers = 0 if run.checkpointing else layers
+    return run.precision.compute * layers
 
 
 def _norms_and_mlp(run: Run, has_first: bool) -> int:
@@ -87,7 +97,7 @@ def _attention(run: Run) -> int:
         kept += c * shape.queries * batch.tokens // batch.attended  # packed again, for the output projection
     if run.attention == "eager":
         return kept + (4 if c == 4 else 4 + c) * shape.heads * batch.columns
-    bias = c * batch.columns if _has_mask(run) and run.on_cuda else 0  # the mask as numbers to add, anew in each layer
+    bias = c * batch.columns if _has_mask(run) else 0  # the mask as numbers to add, anew in each layer
     return kept + 4 * shape.heads + bias
 
 
@@ -97,20 +107,29 @@ def _has_mask(run: Run) -> bool:
 
 
 def _exchange(run: Run) -> int:
-    """Bytes per lattice position of one block: masked input, what is added to, and some dozen tensors of width r."""
+    """Bytes per lattice position of one block: masked input, what is added to, and a dozen tensors of width r."""
     shape, c = run.shape, run.precision.compute
     lattice = shape.lattice
     assert lattice is not None
-    narrow = 12 * c * lattice.width + 4 * lattice.heads
+    narrow = 12 * c * lattice.width + 4 * lattice.heads + c * _dense_keys(run)
     if lattice.site == "layer":
         return 2 * run.precision.residual * shape.hidden + narrow
     return (1 + shape.learns_linears) * c * shape.queries + narrow
 
 
-def _lattice_mask(run: Run) -> int:
-    """Bytes of the lattice's dense mask, where the exchange takes one: on CPUs."""
+def _dense_keys(run: Run) -> int:
+    """Keys per position of the mask that an exchange adds to its scores; many positions on CUDA need none."""
     lattice, batch = run.shape.lattice, run.training
-    if lattice is None or batch is None or run.on_cuda:
+    assert lattice is not None and batch is not None
+    queries = batch.threads * (batch.columns - batch.prompt)
+    if run.on_cuda and (queries >= MIN_BLOCKED or not lattice.keeps_keys):
         return 0
-    keys = batch.threads * (batch.columns - batch.prompt) if lattice.keeps_keys else batch.threads
-    return batch.positions * keys
+    return queries if lattice.keeps_keys else batch.threads
+
+
+def _lattice_tables(run: Run) -> int:
+    """Bytes of the lattice's rotation, which its layers share and groups too."""
+    lattice, batch = run.shape.lattice, run.training
+    if lattice is None or batch is None:
+        return 0
+    return 2 * run.precision.compute * lattice.width * batch.positions // batch.groups

@@ -23,7 +23,7 @@ def prefill(run: Run, decoding: Decoding) -> int:
     tokens = decoding.groups * decoding.prompt
     keys = 2 * shape.layers * shape.keys * tokens * precision.compute
     wide = max(3 * precision.compute * shape.inner, 8 * shape.hidden + precision.compute * (shape.queries + shape.keys))
-    casts = precision.compute * (shape.backbone - shape.tables) if precision.is_mixed else 0
+    casts = precision.compute * (shape.backbone - shape.tables) if precision.is_mixed and shape.learns_linears else 0
     return keys + tokens * (wide + 2 * precision.residual * shape.hidden) + casts
 
 

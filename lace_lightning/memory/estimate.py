@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lace_lightning.memory import caches, head
-from lace_lightning.memory.activations import kept_by_all_layers, largest_layer
+from lace_lightning.memory.activations import casts, kept_by_all_layers, largest_layer
 from lace_lightning.memory.run import Decoding, Pass, Run
 
 CONTEXT = 600 * 2**20
@@ -73,20 +73,13 @@ def _gradients(run: Run) -> dict[str, int]:
     return {"gradients": run.shape.trained * run.precision.weights // run.shards}
 
 
-def _casts(run: Run) -> int:
-    """Copies of the layers' weights that autocast makes and products keep for the backward pass."""
-    if not run.precision.is_mixed or (run.compile and run.checkpointing):
-        return 0
-    return run.precision.compute * (run.shape.backbone - run.shape.tables)
-
-
 def _loss(run: Run, batch: Pass) -> Phase:
     """The end of the forward pass: all activations, and the head at work."""
     parts = _standing(run) | _kept_rollout(run) | (_gradients(run) if run.keeps_gradients else {})
     parts["activations"] = kept_by_all_layers(run) + head.hidden_states(run)
     parts["logits"] = head.logits(run)
     parts["head's gradient and copies"] = head.matrix(run)
-    parts["weights in lower precision"] = _casts(run)
+    parts["weights in lower precision"] = casts(run)
     return Phase("loss", _without_zeros(parts))
 
 
@@ -97,11 +90,13 @@ def _backward(run: Run, batch: Pass) -> Phase:
     layer = largest_layer(run)
     begin = kept_by_all_layers(run) + (layer if run.checkpointing else 0)
     before = _gradients(run)["gradients"] if run.keeps_gradients and run.head == "scored" else 0
-    at_begin = begin + working + _casts(run) + max(before, run.shape.tables * run.precision.weights)
+    at_begin = (
+        begin + working + casts(run) + max(before, run.shape.tables * run.precision.weights * run.shape.learns_head)
+    )
     at_end = layer + working + _gradients(run)["gradients"]
     if at_begin > at_end:
-        rest = {"activations": begin, "weights in lower precision": _casts(run)}
-        rest["gradients"] = at_begin - begin - working - _casts(run)
+        rest = {"activations": begin, "weights in lower precision": casts(run)}
+        rest["gradients"] = at_begin - begin - working - casts(run)
     else:
         rest = {"activations": layer} | _gradients(run)
     return Phase("backward", _without_zeros(parts | rest | {"a layer's derivatives": working}))
