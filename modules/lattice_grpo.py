@@ -87,6 +87,8 @@ class LatticeGRPO(ThreadedModule):
         self.advantage_scale: Literal["none", "std"] = advantage_scale
         self.passes, self.minibatches, self.microbatch_size = passes, minibatches, microbatch_size
         self.gradient_clip = gradient_clip
+        self.at_hand: tuple[SampledGroups, Tensor] | None = None
+        """The batch that is being learned from, for callbacks: its groups, and their rewards (problems, G)."""
         self._reference: list[ThreadedLM] = []  # in a list, so that it is neither trained, moved nor saved
 
     def configure_model(self) -> None:
@@ -119,8 +121,10 @@ class LatticeGRPO(ThreadedModule):
             rewards, parts = total_reward(self.rewards, sampled.groups, sampled.verdicts)
             by_problem = rewards.view(len(batch), self.groups_per_problem)
             advantages = group_advantages(by_problem, self.advantage_scale).flatten().to(self.device)
+        self.at_hand = sampled, by_problem
         with clock.measure("update"):
             outputs, gaps = self._optimise(sampled.rollout, advantages)
+        self.at_hand = None
         self._log_step(sampled, by_problem, parts | {"total": rewards}, outputs, clock)
         self._log_gaps(gaps, len(batch))
         return {"loss": outputs[-1].loss.detach(), "sampled": sampled}
