@@ -87,6 +87,7 @@ class ThreadedModule(LightningModule):
         self.init_from = list(init_from)
         self.strict_loading = False  # on_load_checkpoint knows better what must be there
         self.model: ThreadedLM | None = None
+        self.has_health_monitor = False  # a callback that decides what a bad loss does
         self._seed = torch.initial_seed()
         self._whole = ExitStack()  # weights that are whole until an evaluation ends
         embedder = embedder or NgramEmbedder()
@@ -215,8 +216,8 @@ class ThreadedModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def check_finite(self, loss: Tensor) -> None:
-        """Raise before a bad loss reaches the weights."""
-        if not torch.isfinite(loss):
+        """Raise before a bad loss reaches the weights, unless a HealthMonitor looks after that."""
+        if not self.has_health_monitor and not torch.isfinite(loss):
             raise NonFiniteLossError(
                 f"{self.stage}: the loss is {loss.item()} at step {self.global_step}. Look at the last batch; lower "
                 "model.optimizer.lr, raise its warmup_steps, or set trainer.gradient_clip_val"
