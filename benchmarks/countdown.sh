@@ -27,7 +27,7 @@ descendants() { local child; for child in $(pgrep -P "$1"); do echo "$child"; de
 trap 'kill $(descendants $$) 2>/dev/null; exit 130' INT TERM   # what runs in the background ends too
 
 workers() { # workers RUNS: data processes of each of so many trainings per seed at once
-    local free=$(($(nproc) - $1 * ${#seeds[@]})) runs=$(($1 * ${#seeds[@]}))
+    local free=$(($(nproc --all) - $1 * ${#seeds[@]})) runs=$(($1 * ${#seeds[@]}))
     echo "${WORKERS:-$((free > runs ? free / runs : 1))}"
 }
 

@@ -243,7 +243,7 @@ class LatticeGRPO(ThreadedModule):
         return LossOutput(*self.add_up(totals))
 
     def _microbatches(self, rollout: Rollout, groups: Tensor, weights: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Groups and weights of each pass. All processes take equally many; what the last ones lack counts for nothing."""
+        """Groups and weights of each pass. All processes take equally many; what they lack for that counts for nothing."""
         size = self._groups_at_once(rollout)
         micros = list(zip(groups.split(size), weights.split(size), strict=True)) if len(groups) else []
         num_passes = self.trainer.strategy.reduce(torch.tensor(len(micros), device=self.device), reduce_op="max")

@@ -115,9 +115,9 @@ def _slices(size: int, step: int | None) -> list[slice]:
 def _cast_for_autocast(model: ThreadedLM) -> ThreadedLM:
     """The model itself, or under autocast a copy whose weights have autocast's dtype; buffers stay as they are."""
     kind = next(model.parameters()).device.type
-    if not torch.is_autocast_enabled(kind):
-        return model
     dtype = torch.get_autocast_dtype(kind)
+    if not torch.is_autocast_enabled(kind) or all(p.dtype == dtype for p in model.parameters()):
+        return model
     cast = {id(p): nn.Parameter(p.to(dtype), requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, cast)  # what is in the memo counts as copied
 
