@@ -180,7 +180,8 @@ def measure(case: str, stage: str, options: argparse.Namespace) -> dict[str, Any
     torch.manual_seed(0)
     module, data, tokens = sft(options) if stage == "sft" else grpo(options)
     trainer.fit(module, data)
-    peak = torch.tensor(torch.cuda.max_memory_allocated() if on_cuda else 0, device=module.device)
+    # Not the module's device: after the fit it stands on the CPU again, where NCCL gathers nothing.
+    peak = torch.tensor(torch.cuda.max_memory_allocated() if on_cuda else 0, device=trainer.strategy.root_device)
     peaks = trainer.strategy.all_gather(peak).reshape(-1).tolist()
     seconds = [after - before for before, after in zip(watch.marks[warmup - 1 :], watch.marks[warmup:], strict=False)]
     return {

@@ -1,6 +1,6 @@
 """One process of a tiny run; ``torchrun`` starts several. Writes what every training batch logged, as JSON.
 
-    python -m torch.distributed.run --nproc_per_node 2 -m tests.ranks_worker sft ddp FOLDER '{"size": 9}'
+python -m torch.distributed.run --nproc_per_node 2 -m tests.ranks_worker sft ddp FOLDER '{"size": 9}'
 """
 
 from __future__ import annotations
@@ -52,9 +52,7 @@ class Log(Callback):
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.validation = {
-            k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "tags/"))
-        }
+        self.validation = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "tags/"))}
 
 
 def strategy_of(name: str) -> Strategy | str:
