@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from lace_lightning.callbacks import GateMonitor
 from lace_lightning.exchange import Isolated
+from lace_lightning.lattice import Lattice
 from lace_lightning.modules import (
     BackbonePretraining,
     ContinuedPretraining,
@@ -27,6 +29,7 @@ from lace_lightning.modules import (
 )
 from lace_lightning.policy_loss import PolicyLoss
 from lace_lightning.rewards import DiversityReward
+from lace_lightning.threaded_lm import ThreadedLM
 from tests.stage_helpers import DECODING, LATTICE, problem_data, quiet_trainer, spec, trace_data
 
 STAGES = {"pretrain": BackbonePretraining, "cpt": ContinuedPretraining, "sft": SupervisedFinetuning}
@@ -88,15 +91,19 @@ def module_of(stage: str, options: dict[str, Any]) -> LightningModule:
     )  # fmt: skip
 
 
+def _without_exchange(model: ThreadedLM, *args: Any, **kwargs: Any) -> Lattice:
+    lattice = ThreadedLM.lattice(model, *args, **kwargs)
+    return replace(lattice, exchanges={}) if model.training else lattice
+
+
 def leave_out(module: LightningModule, is_here: bool) -> None:
-    """Let the batches of this process reach no exchange, if the one that has to leave it out is here."""
+    """Let the training batches of this process reach no exchange, if it is the one that leaves it out."""
     build = module.configure_model
 
     def configure_model() -> None:
         build()
         if is_here:
-            lattice = module.model.lattice
-            module.model.lattice = lambda *args, **kwargs: replace(lattice(*args, **kwargs), exchanges={})
+            module.model.lattice = partial(_without_exchange, module.model)
 
     module.configure_model = configure_model
 
