@@ -95,7 +95,11 @@ def launch(case: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         file = Path(folder, "cells.json")
         run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command = [sys.executable, *(run if processes > 1 else []), __file__, *sys.argv[1:]]
-        environment = os.environ | {"PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "4"}
+        threads = str(max(1, min(8, (os.cpu_count() or 1) // processes)))
+        environment = os.environ | {
+            "PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}",
+            "OMP_NUM_THREADS": threads,
+        }
         process = subprocess.run([*command, "--worker", case, str(file)], env=environment)
         if process.returncode:
             print(f"{case} failed with exit code {process.returncode}", file=sys.stderr)
