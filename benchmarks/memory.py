@@ -136,7 +136,7 @@ def run_of(case: Case, model: ThreadedLM) -> Run:
 def build(case: Case, device: torch.device) -> ThreadedLM:
     dtype = torch.bfloat16 if case.precision == TRUE else torch.float32
     backbone = shapes.build_backbone(shapes.load_config("qwen3-1.7b"), device, dtype, seed=0)
-    model = shapes.add_exchange(backbone, LatticeAttentionConfig(), case.threads, None, seed=0)
+    model = shapes.add_exchange(backbone, LatticeAttentionConfig(scope="causal"), case.threads, None, seed=0)
     if case.checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
     if case.compile:
