@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lace_lightning.cli.main import explain
+from lace_lightning.cli.main import explain, without_unions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         usage="lace doctor --config FILE [--config FILE …] [options of lace fit] [--device_memory GB]",
         allow_abbrev=False,
         description="Say what memory a stage will take and whether all that it needs is there; nothing is trained.",
-        epilog="example: lace doctor --config configs/demo/base.yaml --config configs/demo/grpo.yaml --device_memory 80",
+        epilog="example: lace doctor --config configs/demo/base.yaml --config configs/demo/sft.yaml --device_memory 80",
     )
     parser.add_argument(
         "--device_memory", type=float, metavar="GB", help="plan for a GPU of so many GB (that of this machine)"
@@ -73,7 +73,7 @@ def _examine(arguments: Sequence[str], device_memory: float | None) -> int:
         module, data = made(cli)
         planned = planned_run(module, data, settings["trainer"], on_cuda)
     except (OSError, ValueError) as error:  # no tokenizer, no config of the backbone: memory cannot be counted
-        failed = Check("model and data", "failed", " ".join(str(error).split()))
+        failed = Check("model and data", "failed", _one_line(str(error)))
         show_checks(console, [failed, *checks_of_settings(settings, on_cuda)])
         return FAILED
     total = device_bytes(device_memory) if on_cuda else None
@@ -208,6 +208,10 @@ def show_checks(console: Console, found: Sequence[Check]) -> None:
 
     for check in found:
         console.print(f"{marks[check.state]}  {check.name}: {escape(check.detail)}", highlight=False, soft_wrap=True)
+
+
+def _one_line(message: str) -> str:
+    return " ".join(without_unions(message).split()).split(" Given value: Namespace(")[0]
 
 
 def _gb(size: int) -> str:
