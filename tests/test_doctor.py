@@ -1,4 +1,4 @@
-"""The memory model against tensors that exist, against autograd's own books and against measured peaks; ``lace doctor``."""
+"""The memory model against tensors that exist, autograd's own books and measured peaks; and ``lace doctor``."""
 
 from __future__ import annotations
 
