@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import nn
 
+from lace_lightning.backbone import checkpoint_layers
 from lace_lightning.compiled_layers import compile_layers
 from lace_lightning.exchange import ExchangeConfig, Isolated
 from lace_lightning.threaded_lm import ThreadedLM
@@ -72,7 +73,7 @@ class ModelSpec:
                 "data.tokenizer and model.spec do not belong together"
             )
         if self.gradient_checkpointing:
-            backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(backbone)
         model = self._with_threads(backbone, tokenizer)
         if self.compile:
             compile_layers(model.backbone)

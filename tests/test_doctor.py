@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lace_lightning.backbone import checkpoint_layers
 from lace_lightning.bench import shapes
 from lace_lightning.bench.bench import Settings
 from lace_lightning.cli import doctor, stages
 from lace_lightning.cli.main import main
 from lace_lightning.cli.planned import planned_run
 from lace_lightning.decoding.decoder import left_pad
+from lace_lightning.decoding.plain import PlainSteps
 from lace_lightning.engine.state import Capacity, GroupState
 from lace_lightning.engine.steps import FastSteps
 from lace_lightning.engine.weights import DecoderWeights
@@ -95,6 +100,23 @@ def test_the_caches_of_the_engine_for_cpus_are_counted_to_the_byte() -> None:
     assert counted["prompt and thread caches"] == size_of([x for pair in steps._caches for x in pair])
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_caches_of_the_hugging_face_model_are_counted_to_the_byte(autocast: bool) -> None:
+    model, decoding = model_of().eval(), Decoding(2, 4, 7, 11, engine="plain")
+    prompts = left_pad([[1] * 7] * 2, 0, torch.device("cpu"))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        steps = PlainSteps(model, *prompts, num_threads=4)
+        for _ in range(11):
+            steps.step(torch.ones(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch.bool))
+    run = run_of(model, Pass(1, 4, 0, 9), "bf16-mixed" if autocast else "32-true")
+    counted = caches.cached(run, decoding)
+    layers: list[Any] = steps._cache.layers
+    assert counted["prompt and thread caches"] == size_of([x for layer in layers for x in (layer.keys, layer.values)])
+    positions = 2 * 4 * 11
+    own = size_of([x for pair in steps._lattice_cache._layers.values() for x in pair])
+    assert counted["lattice caches"] == own + 4 * positions
+
+
 # ---------------------------------------------------------------- activations, against autograd's own books
 
 
@@ -156,18 +178,23 @@ def test_activations_are_what_autograd_keeps(
     assert counted == pytest.approx(kept, rel=0.03)
 
 
-@pytest.mark.parametrize("holes", [False, True])
-def test_checkpointed_activations_are_what_autograd_keeps(holes: bool) -> None:
-    model = model_of(exchange=LATTICE)
-    model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    layers: list[int] = []
+@pytest.mark.parametrize("learns", ["all", "exchange"])
+def test_checkpointed_layers_keep_their_inputs_where_gradients_pass(learns: str) -> None:
+    model, inputs = model_of(), {}
+    checkpoint_layers(model.backbone)
+    model.backbone.requires_grad_(learns == "all")
+
+    def note(layer: nn.Module, args: Any) -> None:
+        inputs.setdefault(layer.self_attn.layer_idx, weakref.ref(args[0]))
+
     for layer in model.backbone.model.layers:
-        layer.register_forward_pre_hook(lambda _, args: layers.append(args[0].numel() * args[0].element_size()))
-    ids, mask = batch_of(2, 4, 65, 0, holes)
-    kept = kept_by_autograd(model, lambda: model._hidden_to_score(ids, mask, 0))
-    run = run_of(model, Pass(2, 4, 0, 64, holes), checkpointing=True)
-    assert sum(activations.kept_by_checkpoint(run, index) for index in range(4)) == sum(layers)
-    assert kept < 0.2 * activations.largest_layer(run) * 4  # hooks see no more than the last norm
+        layer.register_forward_pre_hook(note)
+    hidden = model._hidden_to_score(*batch_of(2, 4, 65, 0, True), 0)
+    alive = {index: x.numel() * x.element_size() for index, kept in inputs.items() if (x := kept()) is not None}
+    run = run_of(model, Pass(2, 4, 0, 64), checkpointing=True)
+    counted = {index: activations.kept_by_checkpoint(run, index) for index in range(4)}
+    assert alive == {index: size for index, size in counted.items() if size}
+    assert hidden.requires_grad and len(alive) == (4 if learns == "all" else 2)
 
 
 # ---------------------------------------------------------------- peaks, against measured ones
@@ -203,6 +230,26 @@ def test_predicted_peaks_are_near_the_measured_ones(theme: str, allowed: float) 
     errors = {name: estimate(run).peak.total / peak - 1 for name, peak, run in measured(theme)}
     assert len(errors) >= 9
     assert {name: error for name, error in errors.items() if abs(error) > allowed} == {}
+
+
+def peaks() -> Iterator[tuple[str, int, Run]]:
+    """The same of ``benchmarks/memory.py``, whose cases say themselves what run they are."""
+    loaded = importlib.util.spec_from_file_location("memory", RESULTS.parent / "memory.py")
+    assert loaded is not None and loaded.loader is not None
+    memory = importlib.util.module_from_spec(loaded)
+    sys.modules["memory"] = memory  # dataclasses look their module up
+    loaded.loader.exec_module(memory)
+    for path in sorted((RESULTS / "peaks").glob("*.json")):
+        for row in json.loads(path.read_text())["cases"]:
+            case = memory.Case(**row["case"])
+            if "peak_bytes" in row and "superseded" not in row:
+                yield str(case), row["peak_bytes"], memory.run_of(case, memory.build(case, torch.device("meta")))
+
+
+def test_predicted_peaks_of_all_stages_are_near_the_measured_ones() -> None:
+    errors = {name: estimate(run).peak.total / peak - 1 for name, peak, run in peaks()}
+    assert len(errors) >= 8
+    assert {name: error for name, error in errors.items() if abs(error) > 0.05} == {}
 
 
 # ---------------------------------------------------------------- knobs
