@@ -107,9 +107,9 @@ def measured(case: Case) -> dict[str, Any]:
     peak = torch.cuda.max_memory_allocated() - before
     free, total = torch.cuda.mem_get_info()
     reserved = torch.cuda.memory_reserved()
-    error = phase.total / peak - 1
+    off = phase.total / peak - 1
     print(
-        f"{str(case):<75} measured {peak / 1e9:7.2f} GB  predicted {phase.total / 1e9:7.2f} GB  {error:+6.1%}"
+        f"{str(case):<75} measured {peak / 1e9:7.2f} GB  predicted {phase.total / 1e9:7.2f} GB  {off:+6.1%}"
         f"  ({phase.name}, {time.perf_counter() - started:.0f} s)",
         flush=True,
     )
@@ -117,7 +117,7 @@ def measured(case: Case) -> dict[str, Any]:
         "case": asdict(case),
         "peak_bytes": peak,
         "predicted_bytes": phase.total,
-        "error": error,
+        "error": off,
         "phase": phase.name,
         "parts": dict(phase.parts),
         "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
