@@ -96,14 +96,15 @@ def test_a_mistake_in_the_options_ends_with_2(capsys) -> None:
     assert "trainer.max_stepz" in capsys.readouterr().err
 
 
-def test_every_option_that_doctor_names_is_one_that_fit_takes() -> None:
-    cli = doctor.parsed(DEMO)
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_every_option_that_doctor_names_is_one_that_fit_takes(stage: str) -> None:
+    options = [*DEMO[:3], f"configs/demo/{stage}.yaml", DEMO[-1]]
+    cli = doctor.parsed(options)
     module, data = doctor.made(cli)
     run = planned_run(module, data, doctor.settings_of(cli)["trainer"], on_cuda=True)
-    options = [knob.option.partition(" (")[0] for knob in knobs(run)]
-    named = [option for option in options if option.startswith("--")]
-    assert len(named) >= 4
-    stages.resolve([*DEMO, *named])
+    named = [knob.option.partition(" (")[0] for knob in knobs(run) if knob.option.startswith("--")]
+    assert len(named) >= 3
+    stages.resolve([*options, *named])
 
 
 def test_out_of_memory_names_the_best_option_with_the_estimate(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
