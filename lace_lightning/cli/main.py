@@ -16,6 +16,7 @@ STAGES = {
 }
 TOOLS = {
     "init": ("lace_lightning.cli.init", "copy the shipped configs, to edit"),
+    "doctor": ("lace_lightning.cli.doctor", "before a long run: what memory it will take, and whether all is there"),
     "synth": ("lace_lightning.cli.synth", "make traces from problems and a teacher"),
     "generate": ("lace_lightning.cli.generate", "a prompt in, N threads side by side in the terminal"),
     "eval": ("lace_lightning.cli.eval", "compare methods on benchmarks, at equal tokens and seconds"),
