@@ -53,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def explain(error: Exception) -> int:
-    """Print an error as one message for its reader, without secrets; returns the exit code. ``LACE_TRACEBACK=1`` shows its way too."""
+    """Print an error as one message for its reader, without secrets; returns the exit code.
+
+    ``LACE_TRACEBACK=1`` shows its way too.
+    """
     if os.environ.get("LACE_TRACEBACK"):
         raise error
     from lace_lightning.printable import printable

@@ -19,29 +19,33 @@ HIDDEN = "<hidden>"
 MIN_CHARACTERS = 8
 """What is shorter is no secret of the environment: hiding ``EMPTY`` or ``none`` everywhere would garble texts."""
 
+# Texts may be long and hostile: patterns begin at the start of a word only, and every repetition has a bound, so that
+# time grows with the length of the text and not with its square.
+#
 # `max_new_tokens`, `pad_token` and `tokenizer` are no secrets: a token is one only by its qualifier or all alone.
 _SECRET_WORD = (
-    r"(?:[\w-]*[_-])?(?:password|passwd|passphrase|secret|credentials?|authorization|cookie|"
+    r"(?:[\w-]{0,100}?[_-])?(?:password|passwd|passphrase|secret|credentials?|authorization|cookie|"
     r"(?:api|secret|private|access|auth|account|encryption|openai|anthropic|wandb|hf|license)[_-]?key)"
-    r"|(?:[\w-]*[_-])?(?:auth|access|api|hf|hub|bearer|refresh|session|secret|security|github|gitlab|wandb|tracking|"
+    r"|(?:[\w-]{0,100}?[_-])?(?:auth|access|api|hf|hub|bearer|refresh|session|secret|security|github|gitlab|wandb|tracking|"
     r"slack|pypi|private|deploy|personal)[_-]token"
-    r"|token"
+    r"|(?:--?)?token"
 )
 _SECRET_KEY = re.compile(_SECRET_WORD, re.IGNORECASE)
-_SECRET_LINE = re.compile(rf"(?P<key>\b(?:{_SECRET_WORD})[\"']?\s*[:=]\s*)(?P<value>\S.*)", re.IGNORECASE)
-_SECRET_OPTION = re.compile(rf"(?P<key>--(?:[\w-]+\.)*(?:{_SECRET_WORD})\s+)(?P<value>[^\s-]\S*)", re.IGNORECASE)
+_SECRET_LINE = re.compile(rf"(?P<key>(?<![\w-])(?:{_SECRET_WORD})[\"']?\s*[:=]\s*)(?P<value>\S.*)", re.IGNORECASE)
+_SECRET_OPTION = re.compile(
+    rf"(?P<key>(?<![\w.-])--(?:[\w-]{{1,100}}\.){{0,9}}(?:{_SECRET_WORD})\s+)(?P<value>[^\s-]\S*)", re.IGNORECASE
+)
 _ENVIRONMENT_NAME = re.compile(r"(?:.*_)?(?:TOKEN|KEY|PASSWORD|PASSWD|PASSPHRASE|SECRET|CREDENTIALS?)S?", re.IGNORECASE)
 
 # A password may hold "@" and, where people do not encode it, "/"; "host:5000/a@b" has a port and no password.
-_URI_PASSWORD = re.compile(
-    r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?:[^/\s\"'<>]+@|[^/\s\"'<>@:]*:(?!\d*/)[^\s\"'<>]+@)", re.IGNORECASE
-)
+_URI_PASSWORD = re.compile(r"(?<=://)(?:[^/\s\"'<>]{1,1000}@|[^/\s\"'<>@:]{0,100}:(?!\d{0,5}/)[^\s\"'<>]{1,1000}@)")
 _URI_QUERY = re.compile(
-    rf"(?P<key>[?&;](?:{_SECRET_WORD}|sig|[\w-]*signature|[\w-]*credential)=)[^&\s\"'<>]+", re.IGNORECASE
+    rf"(?P<key>[?&;](?:{_SECRET_WORD}|sig|[\w-]{{0,100}}signature|[\w-]{{0,100}}credential)=)[^&\s\"'<>]+",
+    re.IGNORECASE,
 )
 _TOKEN_SHAPE = re.compile(
     r"(?<![A-Za-z0-9])(?:hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[abeprs]-|AKIA)[A-Za-z0-9_-]{16,}"
-    r"|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+"
+    r"|\beyJ[\w-]{10,2000}\.eyJ[\w-]{10,2000}\.[\w-]+"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
 )
 
@@ -59,7 +63,7 @@ def redact(value: object, key: str = "") -> object:
 
 def redact_uri(text: str) -> str:
     """The text without the ``user:password@`` of any URI in it, and without secrets among the URI's options."""
-    return _URI_QUERY.sub(rf"\g<key>{HIDDEN}", _URI_PASSWORD.sub(r"\g<scheme>", text))
+    return _URI_QUERY.sub(rf"\g<key>{HIDDEN}", _URI_PASSWORD.sub("", text))
 
 
 def redact_text(text: str) -> str:
@@ -97,7 +101,7 @@ def _secrets(environment: Mapping[str, str]) -> Iterable[str]:
         if _ENVIRONMENT_NAME.fullmatch(name):
             yield value.strip()
         elif "://" in value and (found := _URI_PASSWORD.search(value)):
-            password = found[0].removeprefix(found["scheme"]).removesuffix("@").partition(":")[2]
+            password = found[0].removesuffix("@").partition(":")[2]
             yield from (password, unquote(password))
 
 
