@@ -109,7 +109,7 @@ def _read_yaml(path: str) -> Settings:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"--config {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"--config {path} is no YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"--config {path} holds no settings: it must be a YAML mapping")
@@ -128,7 +128,7 @@ def _pairs(options: Sequence[str]) -> list[tuple[str, Any]]:
             )
         try:
             pairs.append((name.removeprefix("--"), yaml.safe_load(value if equals else rest.pop(0))))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ValueError(f"{option}: the value is no YAML: {error}") from error
     return pairs
 

@@ -87,7 +87,7 @@ def _settings(path: Path) -> dict[str, Any]:
         own = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SweepError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SweepError(f"{path} is no YAML: {error}") from error
     if not isinstance(own, dict):
         raise SweepError(f"{path} holds no settings: a sweep is a YAML mapping")

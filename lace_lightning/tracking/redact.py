@@ -38,7 +38,7 @@ _SECRET_OPTION = re.compile(
 _ENVIRONMENT_NAME = re.compile(r"(?:.*_)?(?:TOKEN|KEY|PASSWORD|PASSWD|PASSPHRASE|SECRET|CREDENTIALS?)S?", re.IGNORECASE)
 
 # A password may hold "@" and, where people do not encode it, "/"; "host:5000/a@b" has a port and no password.
-_URI_PASSWORD = re.compile(r"(?<=://)(?:[^/\s\"'<>]{1,1000}@|[^/\s\"'<>@:]{0,100}:(?!\d{0,5}/)[^\s\"'<>]{1,1000}@)")
+_URI_PASSWORD = re.compile(r"(?<=://)(?:[^/\s\"'<>@:]{0,100}:(?!\d{0,5}/)[^\s\"'<>]{1,1000}@|[^/\s\"'<>]{1,1000}@)")
 _URI_QUERY = re.compile(
     rf"(?P<key>[?&;](?:{_SECRET_WORD}|sig|[\w-]{{0,100}}signature|[\w-]{{0,100}}credential)=)[^&\s\"'<>]+",
     re.IGNORECASE,

@@ -169,9 +169,12 @@ def _open_locked(path: Path) -> TextIO:
 def _parsed(lines: list[bytes]) -> Iterator[Record]:
     for line in lines:
         try:
-            yield json.loads(line)
-        except ValueError:  # a disk error; every line that we write is complete
-            yield {"kind": "unreadable", "line": line.decode(errors="replace")}
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        # Every line that we write is a whole record: anything else is a disk's error.
+        is_record = isinstance(record, dict) and isinstance(record.get("kind"), str)
+        yield record if is_record else {"kind": "unreadable", "line": line.decode(errors="replace")}
 
 
 def _without_secrets(content: bytes) -> bytes:
