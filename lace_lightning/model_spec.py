@@ -89,7 +89,7 @@ class ModelSpec:
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
         if self.backbone is not None:
-            return AutoModelForCausalLM.from_pretrained(self.backbone, **options)
+            return AutoModelForCausalLM.from_pretrained(self.backbone, trust_remote_code=False, **options)
         settings = {"vocab_size": len(tokenizer)} | self.architecture
         special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
         config = AutoConfig.for_model(settings.pop("model_type"), **(special | settings))

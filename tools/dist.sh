@@ -3,7 +3,10 @@
 #   tools/dist.sh PYTHON FOLDER       (make dist)
 # Left to itself, setuptools keeps the modes that the checkout's files happen to have and the time of building.
 set -eu
-python=$(command -v "$1"); mkdir -p "$2"; out=$(cd "$2" && pwd)
+python=$(command -v "$1")
+python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
+mkdir -p "$2"
+out=$(cd "$2" && pwd)
 umask 022
 export LC_ALL=C SOURCE_DATE_EPOCH="$(git log -1 --format=%ct)"
 work=$(mktemp -d)
