@@ -79,7 +79,7 @@ def open_run(
 
     with _remedies(uri), _one_at_a_time(uri):
         experiment_id = _experiment_id(client, uri, experiment_name)
-        # MLflow notes the address of the checkout's remote, which may hold a token.
+        # Among them are the address of the checkout's remote and what MLFLOW_RUN_CONTEXT says.
         noted: Any = redact(resolve_tags(tags))
         return client.create_run(experiment_id, tags=noted, run_name=run_name)
 
