@@ -37,6 +37,22 @@ def test_yaml_that_is_too_deep_or_holds_no_date_is_refused_in_words(tmp_path, te
         read_settings([], [f"--a={text}"])
 
 
+@pytest.mark.parametrize("text", ["methods:\n  - ", "methods: x", "sweeps: [1]"])
+def test_methods_and_sweeps_that_are_no_mappings_are_refused_in_words(tmp_path, text):
+    path = Path(tmp_path, "settings.yaml")
+    path.write_text(text)
+    with pytest.raises(ValueError, match="must be a mapping"):
+        read_settings([str(path)], [])
+
+
+@pytest.mark.parametrize("below", ["null", "5", "[5]", "{a: b}"])
+def test_a_sweep_that_extends_no_file_is_refused_in_words(tmp_path, below):
+    path = Path(tmp_path, "sweep.yaml")
+    path.write_text(f"extends: {below}\n")
+    with pytest.raises(SweepError, match="extends=.* must be a file or a list of files"):
+        read_sweep(str(path))
+
+
 HOSTILE = ["-" * 100_000, "a_" * 50_000, "://" * 30_000, "a://b:" * 20_000, "?x-" * 30_000, "eyJ-" * 30_000]
 HOSTILE += ["--a.token " * 10_000, "password" + " " * 100_000, "-----BEGIN PRIVATE KEY-----" * 4_000]
 

@@ -47,10 +47,13 @@ def with_sweeps(settings: Settings) -> Settings:
     They are called ``vote@1`` and ``vote@4``, and take the place of ``vote``.
 
     Raises:
-        ValueError: a sweep is of no method, or not of one option with a list of values.
+        ValueError: a sweep is of no method, or not of one option with a list of values, or either is no mapping.
     """
     settings = dict(settings)
     sweeps, methods = settings.pop("sweeps", None) or {}, settings.get("methods") or {}
+    for name, value in (("sweeps", sweeps), ("methods", methods)):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name}={value!r} must be a mapping of names")
     for name, sweep in sweeps.items():
         if name not in methods:
             raise ValueError(f"sweeps.{name}: there is no method {name!r}")

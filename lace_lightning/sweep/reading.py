@@ -93,6 +93,9 @@ def _settings(path: Path) -> dict[str, Any]:
         raise SweepError(f"{path} holds no settings: a sweep is a YAML mapping")
     settings: dict[str, Any] = {}
     below = own.pop("extends", [])
-    for name in [below] if isinstance(below, str) else below:
+    below = [below] if isinstance(below, str) else below
+    if not isinstance(below, list) or not all(isinstance(name, str) for name in below):
+        raise SweepError(f"{path}: extends={below!r} must be a file or a list of files")
+    for name in below:
         settings |= _settings(path.parent / name)
     return settings | own
