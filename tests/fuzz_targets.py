@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 
 from lace_lightning.cli.eval_config import read_settings
 from lace_lightning.cli.shipped import SHIPPED
+from lace_lightning.cli.stages import MISTAKES, resolve
 from lace_lightning.evaluation.judged import JudgedOutcome, JudgedPassage
 from lace_lightning.evaluation.method import Cost, Passage
 from lace_lightning.printable import one_line, printable
@@ -617,8 +618,6 @@ STAGE = {name: yaml.safe_load((SHIPPED / f"demo/{name}.yaml").read_text()) for n
 
 def check_stage(case: tuple[int, Any]) -> None:
     """A stage's config with one value replaced is read, or refused in words; what it names is not run."""
-    from lace_lightning.cli.stages import MISTAKES, resolve
-
     place, junk = case
     places = _places(STAGE["base"])
     settings = _replaced(STAGE["base"], places[place % len(places)], junk)
