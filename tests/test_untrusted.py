@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import lace_lightning
 from lace_lightning.bench.shapes import load_config
 from lace_lightning.cli.main import explain
 from lace_lightning.model_spec import ModelSpec
@@ -59,6 +62,17 @@ def test_code_that_comes_with_a_model_is_refused_without_asking(trap, loader, mo
     except ValueError as error:  # a tokenizer may also be loaded without its code
         assert "trust_remote_code" in str(error)
     assert not (trap / "ran").exists()
+
+
+def test_every_call_that_loads_a_model_says_whether_it_trusts_its_code():
+    calls = [
+        (file, node)
+        for file in Path(lace_lightning.__path__[0]).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and re.fullmatch(r"Auto\w+\.from_pretrained", ast.unparse(node.func))
+    ]
+    silent = [f"{file}:{c.lineno}" for file, c in calls if "trust_remote_code" not in {k.arg for k in c.keywords}]
+    assert len(calls) > 10 and not silent, silent
 
 
 # ---------------------------------------------------------------- reply caches
