@@ -106,7 +106,7 @@ class ModelSpec:
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
         if self.backbone is not None:
-            return AutoModelForCausalLM.from_pretrained(self.backbone, **options)
+            return AutoModelForCausalLM.from_pretrained(self.backbone, trust_remote_code=False, **options)
         return AutoModelForCausalLM.from_config(self._config(tokenizer), **options)
 
     def _config(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
