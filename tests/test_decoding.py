@@ -21,6 +21,8 @@ from lace_lightning.decoding import (
     make_decoder,
     to_groups,
 )
+from lace_lightning.decoding import gates as gates_file
+from lace_lightning.decoding.gates import GateReader
 from lace_lightning.puzzles.vocabulary import word_tokenizer
 from lace_lightning.threaded_lm import ThreadedLM
 from lace_lightning.traces.schema import Problem, Tag
@@ -299,6 +301,26 @@ def test_streaming_sees_exactly_what_the_rollout_holds():
         ("logprobs", rollout.logprobs),
     ]:
         assert torch.equal(torch.stack([getattr(column, name) for column in columns], -1), held[..., start:])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.backend in ("sdpa", "auto")], ids=str)
+@pytest.mark.parametrize("at_once", [1, 5])
+def test_gates_read_while_decoding_are_those_of_one_full_forward_pass(case, at_once, monkeypatch):
+    """With waits, early ends and forced tokens; columns come one by one or several at once, in passes of two."""
+    monkeypatch.setattr(gates_file, "MOST_COLUMNS", 2)
+    model, columns = lm_of(case), []
+    reader = GateReader(model, PROMPTS, 3)
+    rollout = decoder(model, opening=OPENING).decode(PROMPTS, 3, [1, 2, 3], on_column=columns.append)
+    readings = model.read(rollout.input_ids, rollout.attention_mask, rollout.prompt_length)
+    batches = [columns[at : at + at_once] for at in range(0, len(columns), at_once)]
+    found = [reader.read(batch) for batch in batches]
+    if not readings:
+        assert found == [None] * len(batches)
+        return
+    written = rollout.attention_mask[..., rollout.prompt_length :]
+    full = torch.stack([reading.gate for reading in readings]).mean(0)[..., -written.shape[-1] :]
+    assert (torch.cat(found, dim=-1) - full)[written].abs().max() < 1e-5
+    assert full[written].std() > 1e-3 or case.exchange == "ungated", "gates that are all alike show nothing"
 
 
 def test_rules_that_cannot_work_are_refused():

@@ -21,12 +21,13 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lace_lightning.adapter import read_exchange_config
 from lace_lightning.checkpoints import TRAINED
-from lace_lightning.cli import panes
+from lace_lightning.cli import generate, panes
 from lace_lightning.cli.generate import run
 from lace_lightning.cli.outcome import Outcome, why_invalid
-from lace_lightning.cli.panes import FORCED_STYLE, PaneView, complete, growing
+from lace_lightning.cli.panes import FORCED_STYLE, SHADE_STYLES, PaneView, complete, growing
 from lace_lightning.cli.plain import PlainView
-from lace_lightning.cli.transcript import Span, State, Transcript
+from lace_lightning.cli.shading import Shading
+from lace_lightning.cli.transcript import SHADES, Span, State, Transcript
 from lace_lightning.decoding import Column, Group, GroupDecoder, Sampling, group_seed, to_groups
 from lace_lightning.exchange import LatticeAttentionConfig, SameStepConfig
 from lace_lightning.model_spec import ModelSpec
@@ -573,6 +574,94 @@ def test_frames_are_drawn_no_faster_than_the_eye_or_a_tenth_of_the_time(monkeypa
             view.update([])
     gaps = [later - earlier for earlier, later in zip(frames, frames[1:], strict=False)]
     assert len(gaps) >= 3 and min(gaps) >= 0.5
+
+
+def shades_on(console: Console, renderable: object) -> list[int]:
+    """The shade of each number on the screen that a thread of doors wrote, line by line."""
+    styles = [str(segment.style) for segment in console.render(renderable) if re.fullmatch(r" *\d *", segment.text)]
+    return [next((n for n, name in enumerate(SHADE_STYLES) if name and style.endswith(name)), 0) for style in styles]
+
+
+def test_panes_are_shaded_by_gates_while_threads_are_decoded(doors_run: Run, monkeypatch: pytest.MonkeyPatch):
+    """Every frame shows the gates of one full forward pass over what stood there; the group is the unwatched one."""
+    console, frames = screen(60, colours=True), []
+
+    class Watched(PaneView):
+        def update(self, ended: Sequence[int]) -> None:
+            frames.append([self._transcript.spans(n) for n in range(NUM_THREADS)])
+
+        def finish(self, outcome: Outcome | None) -> None:
+            frames.append(outcome)
+
+    monkeypatch.setattr(generate, "_view", lambda transcript, problem, plain: Watched(transcript, problem, console))
+    monkeypatch.setattr("lace_lightning.cli.shading.MAX_READING_SHARE", float("inf"))  # read at every column
+    with torch.no_grad():
+        for exchange in doors_run.model.exchange_at.values():
+            exchange.gate.weight.copy_(20 * exchange.gate.weight[:1])  # all channels open and close together
+    doors_run.save("checkpoints/last.ckpt")
+    assert run(["--run", str(doors_run.folder), "--problem", "5"]) == 0
+    *frames, outcome = frames
+    group = decode_doors(doors_run.model, 5, Sampling())
+    assert outcome.group == group
+    gates = gates_of(doors_run.model, group)
+    spell = doors_run.model.tokenizer.decode
+    assert len({int(value * SHADES) for values in gates for value in values}) >= 3, "all gates alike show nothing"
+    for time, spans in enumerate(frames[:-1]):  # the last frame says again what ended
+        for thread, values, shown in zip(group.threads, gates, spans, strict=True):
+            so_far = sum(column <= time for column in thread.columns)
+            pieces = [spell([token], skip_special_tokens=True) for token in thread.token_ids[:so_far]]
+            expected = [int(value * SHADES) for piece, value in zip(pieces, values, strict=False) for _ in piece]
+            assert [span.shade for span in shown for _ in span.text.replace(" ", "")] == expected
+
+
+def gates_of(model: ThreadedLM, group: Group) -> list[list[float]]:
+    """The mean gate at each token, from one pass over threads that are laid out by hand."""
+    prompt = Doors().template.encode_prompt(group.problem.text, model.tokenizer)
+    columns = 1 + max(thread.columns[-1] for thread in group.threads)
+    ids = torch.zeros(1, len(group.threads), len(prompt) + columns, dtype=torch.long)
+    ids[..., : len(prompt)] = torch.tensor(prompt)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[..., : len(prompt)] = True
+    for n, thread in enumerate(group.threads):
+        at = [len(prompt) + column for column in thread.columns]
+        ids[0, n, at], mask[0, n, at] = torch.tensor(thread.token_ids), True
+    gate = torch.stack([reading.gate for reading in model.read(ids, mask, len(prompt))]).mean(0)[0]
+    return [gate[n, list(thread.columns)].tolist() for n, thread in enumerate(group.threads)]
+
+
+def test_the_screen_shows_five_shades_of_gates_in_growing_and_final_panes():
+    tokenizer, console = Doors().tokenizer(), screen(80, colours=True)
+    transcript = feed(["1 2 3 4 5", "6 7"], tokenizer)
+    transcript.shade([[0.1, 0.3, 0.5, 0.7, 1.0], [0.45]])  # the second thread's gates are known up to its first token
+    expected = [0, 1, 2, 3, 4, 2, 0]
+    assert [span.shade for n in range(2) for span in transcript.spans(n)] == expected
+    for panes_now in (growing(transcript, "", console), complete(transcript, "", None, console)):
+        assert shades_on(console, panes_now) == expected
+
+
+def test_gates_are_read_in_a_tenth_of_the_time_and_all_of_them_in_the_end(monkeypatch: pytest.MonkeyPatch):
+    clock, read = [0.0], []
+
+    class SlowReader:
+        def read(self, columns: Sequence[Column]) -> torch.Tensor:
+            read.append((clock[0], len(columns)))
+            clock[0] += 0.05
+            return torch.full((1, 1, len(columns)), 0.9)
+
+    monkeypatch.setattr("lace_lightning.cli.shading.time.monotonic", lambda: clock[0])
+    tokenizer = byte_tokenizer()
+    transcript = Transcript(1, tokenizer, [tokenizer.eos_token_id])
+    shading = Shading(transcript, SlowReader())
+    for time in range(99):
+        clock[0] += 0.02
+        one = torch.tensor([[5]])
+        column = Column(time, one, one > 0, one < 0, one.float())
+        transcript.add(column)
+        shading.add(column)
+    assert min(later - earlier for (earlier, _), (later, _) in zip(read, read[1:], strict=False)) >= 0.5
+    shading.finish()
+    assert sum(count for _, count in read) == 99 and len(read) >= 4
+    assert [span.shade for span in transcript.spans(0)] == [SHADES - 1]
 
 
 def test_final_panes_are_shaded_by_the_gates_of_their_tokens():

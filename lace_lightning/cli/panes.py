@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import HEAVY, ROUNDED
@@ -31,7 +31,7 @@ MAX_DRAWING_SHARE = 0.1
 
 FORCED_STYLE = "italic yellow"
 SHADE_STYLES = ("", "on grey15", "on grey23", "on grey30", "on grey37")
-"""Of gates from closed to open; the final panes show them, when the whole group has been read once more."""
+"""Of gates from closed to open."""
 TAG_STYLES = {Tag.BEST: "bold green", Tag.SUCCESS: "bold cyan", Tag.FAIL: "bold red"}
 STATE_STYLES = {
     State.WRITING: "cyan",
@@ -47,6 +47,8 @@ class PaneView:
 
     A context manager: inside it the panes are on the screen, and the cursor comes back however it is left.
     """
+
+    has_shades = True
 
     def __init__(self, transcript: Transcript, problem: str, console: Console) -> None:
         self._transcript, self._problem, self._console = transcript, problem, console
@@ -138,7 +140,7 @@ def _pane(
     )
 
 
-def _styled(spans: Sequence[Span]) -> Text:
+def _styled(spans: Iterable[Span]) -> Text:
     """Text in which nothing is markup: words of the environment in their own style, tags in their colours."""
     text = Text()
     for span in spans:
@@ -155,12 +157,20 @@ def _tagged(text: Text) -> Text:
 def _last_lines(spans: Sequence[Span], width: int, height: int, console: Console) -> list[Text]:
     """The last lines of a thread as they stand in its pane.
 
-    Only the end of a long text is wrapped. Where it begins moves in steps of a whole pane, so that the lines on the
-    screen do not flow anew with every token.
+    Only the end of a long text is styled and wrapped. Where it begins moves in steps of a whole pane, so that the lines
+    on the screen do not flow anew with every token.
     """
-    text = _styled(spans)
     area = width * height
-    return _wrap(text[max(0, len(text) // area - 1) * area :], width, console)[-height:]
+    start = max(0, sum(len(span.text) for span in spans) // area - 1) * area
+    return _wrap(_styled(_from(start, spans)), width, console)[-height:]
+
+
+def _from(start: int, spans: Sequence[Span]) -> Iterator[Span]:
+    """The spans from that character of their joint text on."""
+    for span in spans:
+        if start < len(span.text):
+            yield span._replace(text=span.text[start:])
+        start = max(0, start - len(span.text))
 
 
 def _wrap(text: Text, width: int, console: Console) -> list[Text]:
