@@ -38,7 +38,7 @@ from lace_lightning.tasks import Verdict
 from lace_lightning.threaded_lm import ThreadedLM
 from lace_lightning.traces.schema import Problem, Tag
 from tests.helpers import wake
-from tests.puzzle_helpers import decoded_thread
+from tests.puzzle_helpers import decoded_thread, gates_of
 
 ARCHITECTURE = {
     "model_type": "qwen3",
@@ -603,7 +603,7 @@ def test_panes_are_shaded_by_gates_while_threads_are_decoded(doors_run: Run, mon
     *frames, outcome = frames
     group = decode_doors(doors_run.model, 5, Sampling())
     assert outcome.group == group
-    gates = gates_of(doors_run.model, group)
+    gates = gates_of(doors_run.model, Doors(), group)
     spell = doors_run.model.tokenizer.decode
     assert len({int(value * SHADES) for values in gates for value in values}) >= 3, "all gates alike show nothing"
     for time, spans in enumerate(frames[:-1]):  # the last frame says again what ended
@@ -612,21 +612,6 @@ def test_panes_are_shaded_by_gates_while_threads_are_decoded(doors_run: Run, mon
             pieces = [spell([token], skip_special_tokens=True) for token in thread.token_ids[:so_far]]
             expected = [int(value * SHADES) for piece, value in zip(pieces, values, strict=False) for _ in piece]
             assert [span.shade for span in shown for _ in span.text.replace(" ", "")] == expected
-
-
-def gates_of(model: ThreadedLM, group: Group) -> list[list[float]]:
-    """The mean gate at each token, from one pass over threads that are laid out by hand."""
-    prompt = Doors().template.encode_prompt(group.problem.text, model.tokenizer)
-    columns = 1 + max(thread.columns[-1] for thread in group.threads)
-    ids = torch.zeros(1, len(group.threads), len(prompt) + columns, dtype=torch.long)
-    ids[..., : len(prompt)] = torch.tensor(prompt)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    mask[..., : len(prompt)] = True
-    for n, thread in enumerate(group.threads):
-        at = [len(prompt) + column for column in thread.columns]
-        ids[0, n, at], mask[0, n, at] = torch.tensor(thread.token_ids), True
-    gate = torch.stack([reading.gate for reading in model.read(ids, mask, len(prompt))]).mean(0)[0]
-    return [gate[n, list(thread.columns)].tolist() for n, thread in enumerate(group.threads)]
 
 
 def test_the_screen_shows_five_shades_of_gates_in_growing_and_final_panes():
@@ -643,10 +628,10 @@ def test_gates_are_read_in_a_tenth_of_the_time_and_all_of_them_in_the_end(monkey
     clock, read = [0.0], []
 
     class SlowReader:
-        def read(self, columns: Sequence[Column]) -> torch.Tensor:
-            read.append((clock[0], len(columns)))
+        def read(self, tokens: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+            read.append((clock[0], tokens.shape[-1]))
             clock[0] += 0.05
-            return torch.full((1, 1, len(columns)), 0.9)
+            return torch.full(tokens.shape, 0.9)
 
     monkeypatch.setattr("lace_lightning.cli.shading.time.monotonic", lambda: clock[0])
     tokenizer = byte_tokenizer()

@@ -144,12 +144,17 @@ def _play(request: Request, plain: bool) -> int:
 
 def _shading(request: Request, prompt: Sequence[int], transcript: Transcript) -> Shading | None:
     """What reads the gates; None if the threads are isolated."""
+    import torch
+
     from lace_lightning.cli.shading import Shading
     from lace_lightning.decoding.gates import GateReader
 
     if not request.model.exchanges:
         return None
-    return Shading(transcript, GateReader(request.model, [prompt], request.num_threads))
+    ids = torch.tensor([prompt], device=next(request.model.parameters()).device)
+    return Shading(
+        transcript, GateReader(request.model, ids, torch.ones_like(ids, dtype=torch.bool), request.num_threads)
+    )
 
 
 def _view(transcript: Transcript, problem: str, plain: bool) -> PaneView | PlainView:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from lace_lightning.cli.transcript import Transcript
     from lace_lightning.decoding import Column
@@ -39,10 +41,12 @@ class Shading:
 
     def finish(self) -> None:
         """Read and shade all columns that wait."""
-        gates = self._reader.read(self._waiting)
+        columns, self._waiting = self._waiting, []
+        if not columns:
+            return
+        written = torch.stack([column.written for column in columns], dim=-1)
+        gates = self._reader.read(torch.stack([column.tokens for column in columns], dim=-1), written)
         if gates is not None:
-            for n, known in enumerate(self._gates):
-                written = [bool(column.written[0, n]) for column in self._waiting]
-                known += [value for value, is_token in zip(gates[0, n].tolist(), written, strict=True) if is_token]
+            for known, values, is_token in zip(self._gates, gates[0], written[0], strict=True):
+                known += values[is_token].tolist()
             self._transcript.shade(self._gates)
-        self._waiting = []

@@ -1,59 +1,55 @@
-"""How far the gates stand open at tokens that have just been decoded."""
+"""How far the gates stand open at tokens that have been decoded, a few columns at a time."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lace_lightning.decoding.decoder import left_pad
 from lace_lightning.decoding.plain import PlainSteps
-from lace_lightning.decoding.threads import Column
 from lace_lightning.threaded_lm import ThreadedLM
 
-MOST_COLUMNS = 64
-"""Columns per forward pass."""
+MAX_PAIRS = 2**24
+"""Most pairs of lattice positions whose attention weights are held at once, per head; a column takes what it takes."""
 
 
 class GateReader:
-    """Follows groups while they are decoded and reads the gates at their tokens.
+    """Computes columns of groups once more, in a cache of its own, and reads the gates at their tokens.
 
-    The decoder is left alone, whatever engine it runs on: columns are computed once more here, with caches of our own,
-    as many at once as have come since the last call.
+    Memory grows with the length of threads and not, as that of one pass over whole threads, with its square. It can
+    follow groups while they are decoded: the decoder is left alone, whatever engine it runs on.
 
     Args:
         model: what decodes them.
-        prompts: B lists of token ids.
+        prompt_ids, prompt_mask: (B, P) left-padded prompts.
         num_threads: N.
     """
 
-    def __init__(self, model: ThreadedLM, prompts: Sequence[Sequence[int]], num_threads: int) -> None:
-        self._model, self._prompts, self._num_threads = model, prompts, num_threads
+    def __init__(self, model: ThreadedLM, prompt_ids: Tensor, prompt_mask: Tensor, num_threads: int) -> None:
+        self._model, self._prompt, self._num_threads = model, (prompt_ids, prompt_mask), num_threads
         self._steps: PlainSteps | None = None
+        self._length = prompt_ids.shape[1]
 
     @torch.no_grad()
-    def read(self, columns: Sequence[Column]) -> Tensor | None:
-        """The gates at the columns that follow those of the last call.
+    def read(self, tokens: Tensor, written: Tensor) -> Tensor | None:
+        """The gates at the columns (B, N, columns) that follow those of the last call.
 
         Returns:
-            (B, N, columns) float32 on the CPU: mean over lattice layers and channels, of no meaning where nothing was
-            written. None if the model's exchange records no gates.
+            (B, N, columns) float32: mean over lattice layers and channels, of no meaning where nothing was written.
+            None if the model's exchange records no gates.
         """
-        steps = self._steps = self._steps or self._begin()
-        found = [self._read(steps, columns[at : at + MOST_COLUMNS]) for at in range(0, len(columns), MOST_COLUMNS)]
-        known = [gates for gates in found if gates is not None]
-        return torch.cat(known, dim=-1) if known else None
+        if self._steps is None:
+            self._steps = PlainSteps(self._model, *self._prompt, self._num_threads)
+        found, start = [], 0
+        while start < tokens.shape[-1]:
+            columns = slice(start, start + self._columns_at_once())
+            readings = self._steps.read(tokens[..., columns], written[..., columns])
+            found += [torch.stack([reading.gate.float() for reading in readings]).mean(0)] if readings else []
+            self._length += columns.stop - start
+            start = columns.stop
+        return torch.cat(found, dim=-1) if found else None
 
-    def _begin(self) -> PlainSteps:
-        device = next(self._model.parameters()).device
-        return PlainSteps(self._model, *left_pad(self._prompts, 0, device), self._num_threads)
-
-    def _read(self, steps: PlainSteps, columns: Sequence[Column]) -> Tensor | None:
-        tokens, written = (
-            torch.stack([getattr(column, name) for column in columns], dim=-1) for name in ("tokens", "written")
-        )
-        readings = steps.read(tokens, written)
-        if not readings:
-            return None
-        return torch.stack([reading.gate.float() for reading in readings]).mean(0).cpu()
+    def _columns_at_once(self) -> int:
+        """Columns L of the next pass: its queries times all keys, B (L N) (K + L) N, stay below the limit."""
+        per_column = len(self._prompt[0]) * self._num_threads**2
+        room = MAX_PAIRS // per_column
+        return max(1, min(room // (2 * self._length), int((room / 2) ** 0.5)))

@@ -38,6 +38,11 @@ class Rollout:
         chosen[..., : self.prompt_length] = False
         return chosen
 
+    def part(self, groups: slice) -> Rollout:
+        """Some of the groups, on the same lattice."""
+        tensors = {name: value[groups] for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return Rollout(**tensors, prompt_length=self.prompt_length)
+
 
 @dataclass(frozen=True)
 class Thread:
