@@ -10,7 +10,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lace_lightning.callbacks.kept_group import KeptGroup, kept_groups
 from lace_lightning.callbacks.reporting import (
-    check_interval,
     current_step,
     is_due,
     mlflow_loggers,
@@ -48,17 +47,20 @@ class GroupTraces(Callback):
 
     Args:
         max_groups: most traces of one validation, test or batch of rollouts.
-        every_n_steps: training batches from one report to the next; null: the trainer's ``log_every_n_steps``.
+        every_n_steps: training batches from one report to the next, for stages that sample groups.
 
     Raises:
         ValueError: an option is below 1.
     """
 
-    def __init__(self, max_groups: int = 4, every_n_steps: int | None = None) -> None:
-        if max_groups < 1:
-            raise ValueError(f"max_groups={max_groups} must be at least 1: leave GroupTraces out to log none")
+    def __init__(self, max_groups: int = 4, every_n_steps: int = 50) -> None:
+        if max_groups < 1 or every_n_steps < 1:
+            raise ValueError(
+                f"max_groups={max_groups} and every_n_steps={every_n_steps} must be at least 1: leave GroupTraces out "
+                "to log none"
+            )
         self.max_groups = max_groups
-        self.every_n_steps = check_interval(every_n_steps)
+        self.every_n_steps = every_n_steps
         self._kept: list[_Candidate] = []
         self._began = time.monotonic()
 

@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from lace_lightning.callbacks import (
     DiversityMonitor,
     GateMonitor,
+    GroupTraces,
     GroupWriter,
     SampleGroups,
     TagMonitor,
@@ -489,6 +490,7 @@ def test_other_stages_leave_the_file_of_predictions_alone(tmp_path):
         (lambda: TagMonitor(-1), "every_n_steps=-1"),
         (lambda: SampleGroups(num_groups=0), "num_groups=0"),
         (lambda: SampleGroups(every_n_steps=0), "every_n_steps=0"),
+        (lambda: GroupTraces(every_n_steps=0), "every_n_steps=0"),
         (lambda: ValidationTable("."), "path='.'"),
         (lambda: GroupWriter("."), "path='.'"),
     ],

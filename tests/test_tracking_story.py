@@ -183,7 +183,7 @@ def test_rollouts_are_traces_with_the_parts_of_their_reward(uri: str, tmp_path: 
     logger = make_logger(uri, tmp_path)
     rewards = [AccuracyReward(), DiversityReward(NgramEmbedder(), weight=0.1)]
     module: ThreadedModule = LatticeGRPO(spec(), rollout=DECODING, groups_per_problem=2, rewards=rewards)
-    trainer = quiet_trainer(1, [GroupTraces(max_groups=1)], logger=logger, log_every_n_steps=1)
+    trainer = quiet_trainer(1, [GroupTraces(max_groups=1, every_n_steps=1)], logger=logger)
     trainer.fit(module, datamodule=problem_data())
     client = MlflowClient(uri)
     [trace] = client.search_traces(locations=[run_of(logger).info.experiment_id], run_id=logger.run_id)
@@ -195,7 +195,7 @@ def test_rollouts_are_traces_with_the_parts_of_their_reward(uri: str, tmp_path: 
 def test_an_exchange_that_records_no_gates_has_traces_without_them(uri: str, tmp_path: Path) -> None:
     logger = make_logger(uri, tmp_path)
     module: ThreadedModule = LatticeGRPO(spec(SameStepConfig(width=8, heads=2)), rollout=DECODING, groups_per_problem=2)
-    trainer = quiet_trainer(1, [GroupTraces(max_groups=1)], logger=logger, log_every_n_steps=1)
+    trainer = quiet_trainer(1, [GroupTraces(max_groups=1, every_n_steps=1)], logger=logger)
     trainer.fit(module, datamodule=problem_data())
     client = MlflowClient(uri)
     [trace] = client.search_traces(locations=[run_of(logger).info.experiment_id], run_id=logger.run_id)
