@@ -12,7 +12,7 @@ import platform
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Thread
@@ -186,7 +186,8 @@ class Ledger:
 
         def beat() -> None:
             while not ended.wait(self._heartbeat):
-                self._storage.record_heartbeat(claim.trial_id)
+                with suppress(optuna.exceptions.StorageInternalError, SQLAlchemyError):  # the next one may get through
+                    self._storage.record_heartbeat(claim.trial_id)
 
         thread = Thread(target=beat, daemon=True)
         thread.start()
