@@ -26,10 +26,20 @@ from lace_lightning.sweep.process import CommandFailed, Room, Stopped
 from lace_lightning.sweep.reading import read_sweep
 from lace_lightning.sweep.report import as_csv, markdown, table
 from lace_lightning.sweep.runner import Runner, RunOptions
-from lace_lightning.sweep.spec import Axis, Change, EvaluationSettings, Limits, StageSpec, SweepError, SweepSpec
+from lace_lightning.sweep.spec import (
+    Axis,
+    Change,
+    EvaluationSettings,
+    Limits,
+    StageSpec,
+    SweepError,
+    SweepSpec,
+    Tracking,
+)
 from lace_lightning.sweep.store import Store
 from lace_lightning.sweep.study import Ledger, Unit
 from lace_lightning.sweep.table import Measured, Result, compare, crossed, measured_rows, over_seeds, sign_flip
+from lace_lightning.tracking.note import NOTE
 
 
 def make_sweep(tmp_path, **changes) -> SweepSpec:
@@ -302,6 +312,33 @@ def test_a_metric_without_any_number_fails_its_trial_and_a_damaged_evaluation_to
     assert len(result.rows) == 2 and result.num_open == 0
     told = json.loads((tmp_path / "sweeps/quick/report.json").read_text(), parse_constant=pytest.fail)
     assert set(told["means"].values()) == {1.0}
+
+
+def test_the_parent_run_says_what_it_is_how_to_repeat_it_and_how_it_went(tmp_path, ran):
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    sweep = make_sweep(tmp_path, columns=[], description="Jitter helps.", tracking=Tracking(uri=uri))
+    commands, state = ran
+    runner = start(sweep, ran)
+    broken = [*runner.trials.values()][-1].folder
+    state["failing"] = {broken}
+    runner.run()
+    client = MlflowClient(uri)
+    failed = client.get_run(runner.parent)
+    assert failed.info.status == "FAILED" and "1 trials failed" in failed.data.tags[NOTE]
+    state["failing"] = set()
+    again = start(sweep, ran, retry_failed=True)
+    again.run()
+    assert again.parent == runner.parent
+    run = client.get_run(runner.parent)
+    note = run.data.tags[NOTE]
+    assert run.info.status == "FINISHED" and run.data.tags["lace.stage"] == "sweep"
+    assert "**Sweep** `quick`. Jitter helps." in note and "```\nlace sweep quick.yaml\n```" in note
+    assert "2 rows are measured. Best acc: jitter=1, 0.750 (+0.500 to the base)." in note and "finished after" in note
+    assert run.data.metrics["acc/jitter_1"] == 0.75 and run.data.metrics["acc_difference/jitter_1"] == 0.5
+    files = {file.path for file in client.list_artifacts(runner.parent)}
+    assert files == {"report.md", "report.csv", "report.json", "report.png", "sweep.yaml"}
 
 
 def test_the_end_of_the_time_is_told_once(tmp_path, ran, monkeypatch):

@@ -329,16 +329,20 @@ def test_view_makes_the_page_of_a_folder_and_opens_it(evaluated, opened, capsys)
     assert data["title"] == "toy" and [row["id"] for row in data["rows"]] == ["a", "b"]
     assert main(["view", str(evaluated / "outcomes.jsonl"), "--no-open", "--out", str(evaluated / "x.html")]) == 0
     assert len(opened) == 1 and (evaluated / "x.html").read_text() == (evaluated / "viewer.html").read_text()
-    assert capsys.readouterr().out.splitlines()[-1] == str(evaluated / "x.html")
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1] == str(evaluated / "x.html")
+    assert f"lace eval report {evaluated}\n" in printed.err
 
 
-def test_view_opens_the_newest_samples_of_a_run(tmp_path, opened):
+def test_view_opens_the_newest_samples_of_a_run(tmp_path, opened, capsys):
     (tmp_path / "samples").mkdir()
     for age, name in enumerate(("val", "train")):
         (tmp_path / f"samples/{name}.html").write_text("x")
         os.utime(tmp_path / f"samples/{name}.html", (1000 - age, 1000 - age))
     assert main(["view", str(tmp_path)]) == 0
+    (tmp_path / "config.yaml").touch()
     assert main(["view", str(tmp_path / "samples/train.html")]) == 0
+    assert f"lace generate --run {tmp_path} --problem 0" in capsys.readouterr().err
     assert [Path(address).name for address in opened] == ["val.html", "train.html"]
 
 
