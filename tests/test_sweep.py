@@ -37,8 +37,9 @@ from lace_lightning.sweep.spec import (
     Tracking,
 )
 from lace_lightning.sweep.store import Store
-from lace_lightning.sweep.study import Ledger, Unit
+from lace_lightning.sweep.study import Ledger
 from lace_lightning.sweep.table import Measured, Result, compare, crossed, measured_rows, over_seeds, sign_flip
+from lace_lightning.sweep.units import Unit
 from lace_lightning.tracking.note import NOTE
 
 
@@ -224,7 +225,8 @@ def test_finished_trials_stay_failed_ones_wait_for_a_retry_and_lost_ones_go_on(t
 def test_the_trial_of_a_process_that_died_here_is_free_at_once(tmp_path):
     url = f"sqlite:///{tmp_path}/study.db"
     program = f"""
-from lace_lightning.sweep.study import Ledger, Unit
+from lace_lightning.sweep.study import Ledger
+from lace_lightning.sweep.units import Unit
 Ledger({url!r}, "s", "maximize").claim([Unit("0", "row", (0,))])
 """
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -13,8 +13,9 @@ from lace_lightning.sweep.outcome import Outcome
 from lace_lightning.sweep.points import planned_points, suggested
 from lace_lightning.sweep.report import as_csv, markdown
 from lace_lightning.sweep.spec import SweepSpec
-from lace_lightning.sweep.study import ERROR, LABEL, OUTCOME, SEEDS, Ledger, Unit
+from lace_lightning.sweep.study import ERROR, LABEL, OUTCOME, SEEDS, Ledger
 from lace_lightning.sweep.table import Result, compare, measured_rows
+from lace_lightning.sweep.units import Unit
 from lace_lightning.tracking.spool import replace_text
 
 

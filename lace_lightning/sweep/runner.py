@@ -20,9 +20,10 @@ from lace_lightning.sweep.process import CommandFailed, Room, Stopped
 from lace_lightning.sweep.result import result_of, write
 from lace_lightning.sweep.spec import SweepError, SweepSpec
 from lace_lightning.sweep.store import Store
-from lace_lightning.sweep.study import PARENT, Claim, Ledger, Unit
+from lace_lightning.sweep.study import PARENT, Ledger
 from lace_lightning.sweep.table import Result
 from lace_lightning.sweep.tracking import environment_of, log_result, open_parent
+from lace_lightning.sweep.units import Claim, Unit
 
 WAIT_SECONDS = 2.0
 """Between looks at the study while only others work."""
