@@ -20,7 +20,7 @@ from lace_lightning.decoding import Group
 from lace_lightning.evaluation.judged import JudgedOutcome
 from lace_lightning.evaluation.method import Cost
 from lace_lightning.modules import LatticeGRPO, SampledGroups, ThreadedModule
-from lace_lightning.rewards import total_reward
+from lace_lightning.rewards import is_best_correct, total_reward
 from lace_lightning.tasks import Verdict
 from lace_lightning.tracking.outcome_traces import INTEREST, trace_of
 
@@ -32,9 +32,8 @@ class _Candidate(NamedTuple):
     @property
     def interest(self) -> int:
         """Place in INTEREST: the lower, the more the group tells."""
-        _, verdicts, _ = self.kept
-        chosen = self.kept.chosen
-        if chosen is not None and verdicts[chosen] == Verdict.CORRECT:
+        group, verdicts, _ = self.kept
+        if is_best_correct(group, verdicts):
             return INTEREST.index("chosen right")
         return INTEREST.index("found but not chosen" if Verdict.CORRECT in verdicts else "not found")
 

@@ -22,11 +22,6 @@ class KeptGroup(NamedTuple):
     verdicts: list[Verdict]
     rollout: Rollout
 
-    @property
-    def chosen(self) -> int | None:
-        """Index of the thread that answers for the group."""
-        return next((n for n, thread in enumerate(self.group.threads) if thread is self.group.best), None)
-
     def judged(self, module: ThreadedModule, phase: str, seed: int, cost: Cost, reads: bool) -> JudgedOutcome:
         """The group as ``lace eval`` keeps outcomes, with its gates and, if asked for and it is not too long, reads."""
         looked = self._look(module, reads)
@@ -34,7 +29,7 @@ class KeptGroup(NamedTuple):
         threads = self.group.threads
         inspections: list[Inspection] = [inspector.thread(n, thread, looked) for n, thread in enumerate(threads)]
         passages = tuple(Passage(thread, "path") for thread in threads)
-        outcome = Outcome(self.group.problem, passages, self.chosen, cost)
+        outcome = Outcome(self.group.problem, passages, self.group.best_index, cost)
         return make_judged(phase, module.stage, seed, outcome, self.verdicts, inspections)
 
     def _look(self, module: ThreadedModule, reads: bool) -> Looked | None:

@@ -100,7 +100,7 @@ def sample_rows(kept: Sequence[KeptGroup]) -> list[dict[str, object]]:
         {
             "problem": group.problem.id,
             "thread": index,
-            "chosen": thread is group.best,
+            "chosen": index == group.best_index,
             "tag": thread.tag,
             "verdict": str(verdict),
             "answer": None if thread.answer is None else thread.answer[:_MAX_CHARACTERS],

@@ -459,7 +459,7 @@ def test_without_valid_tags_nothing_is_framed_and_the_reason_is_given():
 )
 def test_a_reason_is_given_exactly_if_tags_are_invalid(tags: list[Tag | None], reason: str):
     assert why_invalid(tags) == reason
-    assert (outcome_of(tags).winner is None) is bool(reason)
+    assert (outcome_of(tags).group.best_index is None) is bool(reason)
 
 
 def test_words_of_the_environment_stand_in_their_own_style_and_tags_in_colour():

@@ -190,6 +190,13 @@ def test_a_block_holds_the_tokens_plane_by_plane():
     assert at == len(planes)
 
 
+def test_reads_of_more_threads_than_a_byte_can_name_are_left_out():
+    one = passage(0, ["a", "b"], reads=[[(254, 0, 0.5), (255, 0, 0.4)], [(300, 1, 0.5)]])
+    planes = np.frombuffer(zlib.decompress(base64.b64decode(block_of([one], lambda text: 0)), -15), dtype=np.uint8)
+    first, second = (planes[12 + 8 * rank : 20 + 8 * rank].reshape(4, 2) for rank in range(2))
+    assert first[0].tolist() == [255, 0] and second[0].tolist() == [0, 0] and not second[3].any()
+
+
 def test_only_the_tokens_that_spell_the_answer_are_marked_as_it():
     """The last place in the assessment where it stands, and no token that only touches it."""
     pieces = ["13", ";", "13", " or", ":", "1", "3", ".", "[[best]]"]

@@ -126,7 +126,7 @@ def _grid(panes: Sequence[Panel], rows: Sequence[Sequence[int]]) -> Table:
 def _pane(
     transcript: Transcript, index: int, lines: Sequence[Text], height: int, outcome: Outcome | None = None
 ) -> Panel:
-    is_winner = outcome is not None and outcome.winner == index
+    is_winner = outcome is not None and outcome.group.best_index == index
     style = "bold green" if is_winner else STATE_STYLES[transcript.state(index)]
     title = Text(f"★ thread {index} wins" if is_winner else f"thread {index}", style=style)
     below = outcome.of_thread(index) if outcome else transcript.status(index)
@@ -180,4 +180,4 @@ def _wrap(text: Text, width: int, console: Console) -> list[Text]:
 def _verdict(outcome: Outcome | None) -> Text:
     if outcome is None:
         return Text("interrupted: no winner", style="bold red")
-    return Text(outcome.sentence(), style="bold red" if outcome.winner is None else "bold green")
+    return Text(outcome.sentence(), style="bold red" if outcome.group.best_index is None else "bold green")

@@ -94,6 +94,11 @@ class Group:
         return None not in self.tags and self.tags.count(Tag.BEST) == 1
 
     @property
+    def best_index(self) -> int | None:
+        """Index of the one thread tagged ``[[best]]``; None if the group's tags are not valid."""
+        return self.tags.index(Tag.BEST) if self.has_valid_tags else None
+
+    @property
     def best(self) -> Thread | None:
         """The one thread tagged ``[[best]]``; None if the group's tags are not valid."""
-        return self.threads[self.tags.index(Tag.BEST)] if self.has_valid_tags else None
+        return None if self.best_index is None else self.threads[self.best_index]
