@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import threading
 import time
 from io import StringIO
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,6 +128,13 @@ def test_values_that_name_classes_import_nothing(tmp_path):
     assert "antigravity" not in sys.modules
 
 
+def test_a_file_that_extends_itself_is_named(tmp_path):
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\nname: x\n")
+    (tmp_path / "b.yaml").write_text("extends: [a.yaml]\n")
+    with pytest.raises(SweepError, match="a.yaml lies beneath itself"):
+        read_sweep(str(tmp_path / "a.yaml"))
+
+
 # ---------------------------------------------------------------- shared stages
 
 
@@ -145,6 +154,20 @@ def test_two_workers_that_want_one_stage_train_it_once(tmp_path):
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert len(done) == 1 and store.is_done("stage")
+
+
+def test_waiting_for_anothers_stage_does_not_count_against_the_trials_time(tmp_path):
+    (tmp_path / "stage").mkdir()
+    with (tmp_path / "stage" / ".lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        room = Room(deadline=time.monotonic() + 0.3)
+        work = threading.Thread(target=Store(tmp_path, room, tell=lambda _: None)._once, args=("stage", Path.exists))
+        work.start()
+        time.sleep(1)
+        assert work.is_alive()
+    work.join(5)
+    assert (tmp_path / "stage" / "done.json").exists()
+    room.check("lace fit")  # some of its 0.3 seconds is left
 
 
 def test_the_lock_of_a_killed_holder_is_taken_over(tmp_path):

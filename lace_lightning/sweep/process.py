@@ -26,13 +26,13 @@ class Stopped(RuntimeError):
     """A command was ended because the sweep ends; it goes on when the sweep is called again."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Room:
     """Where and for how long the commands of a trial run.
 
     Args:
         environment: variables on top of the sweep's own.
-        deadline: ``time.monotonic()`` at which a command is ended as failed.
+        deadline: ``time.monotonic()`` at which a command is ended as failed; put off by what it waits for others.
         stop: set when the sweep ends.
     """
 
@@ -46,6 +46,13 @@ class Room:
             raise Stopped(what)
         if time.monotonic() > self.deadline:
             raise CommandFailed(f"{what}: the trial took longer than limits.trial_minutes")
+
+    def wait(self, what: str) -> None:
+        """Give other processes a moment for work that this trial needs too."""
+        if self.stop.is_set():
+            raise Stopped(what)
+        time.sleep(POLL_SECONDS)
+        self.deadline += POLL_SECONDS
 
     def run(self, arguments: Sequence[str], log: Path) -> None:
         """Run ``lace`` with the arguments; its output is appended to ``log``.

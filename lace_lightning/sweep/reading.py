@@ -32,7 +32,7 @@ def read_sweep(path: str) -> SweepSpec:
     Raises:
         SweepError: the file cannot be read, or a setting is unknown or out of range.
     """
-    settings = _settings(Path(shipped(path)))
+    settings = _settings(Path(shipped(path)), ())
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(SweepSpec, None)
     try:
@@ -82,7 +82,9 @@ def shipped(path: str) -> str:
     return with_shipped_configs([path])[0]
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _settings(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in above:
+        raise SweepError(f"extends: {path} lies beneath itself")
     try:
         own = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -94,5 +96,5 @@ def _settings(path: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     below = own.pop("extends", [])
     for name in [below] if isinstance(below, str) else below:
-        settings |= _settings(path.parent / name)
+        settings |= _settings(path.parent / name, (*above, path.resolve()))
     return settings | own

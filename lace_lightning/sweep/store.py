@@ -18,7 +18,7 @@ import yaml
 
 from lace_lightning.sweep.outcome import OUTCOMES
 from lace_lightning.sweep.plan import PlannedStage, Trial
-from lace_lightning.sweep.process import POLL_SECONDS, CommandFailed, Room
+from lace_lightning.sweep.process import CommandFailed, Room
 from lace_lightning.sweep.spec import Tracking
 from lace_lightning.tracking.spool import replace_text
 
@@ -82,8 +82,7 @@ class Store:
                 if not is_told:
                     self.tell(f"{folder.name}: waits for the process that is at it")
                 is_told = True
-                self.room.check(folder.name)
-                time.sleep(POLL_SECONDS)
+                self.room.wait(folder.name)
             yield
 
     def _fit(self, stage: PlannedStage, trial: Trial, folder: Path) -> None:
