@@ -605,23 +605,29 @@ def test_panes_are_shaded_by_gates_while_threads_are_decoded(doors_run: Run, mon
     assert outcome.group == group
     gates = gates_of(doors_run.model, Doors(), group)
     spell = doors_run.model.tokenizer.decode
-    assert len({int(value * SHADES) for values in gates for value in values}) >= 3, "all gates alike show nothing"
+    assert len({round(value, 2) for values in gates for value in values}) >= 5, "gates that are all alike show nothing"
     for time, spans in enumerate(frames[:-1]):  # the last frame says again what ended
-        for thread, values, shown in zip(group.threads, gates, spans, strict=True):
-            so_far = sum(column <= time for column in thread.columns)
-            pieces = [spell([token], skip_special_tokens=True) for token in thread.token_ids[:so_far]]
-            expected = [int(value * SHADES) for piece, value in zip(pieces, values, strict=False) for _ in piece]
-            assert [span.shade for span in shown for _ in span.text.replace(" ", "")] == expected
+        so_far = [sum(column <= time for column in thread.columns) for thread in group.threads]
+        known = [value for values, count in zip(gates, so_far, strict=True) for value in values[:count]]
+        least, width = min(known), (max(known) - min(known)) / SHADES
+        for thread, values, shown, count in zip(group.threads, gates, spans, so_far, strict=True):
+            pieces = [spell([token], skip_special_tokens=True) for token in thread.token_ids[:count]]
+            places = [(value - least) / width for piece, value in zip(pieces, values, strict=False) for _ in piece]
+            shades = [span.shade for span in shown for _ in span.text.replace(" ", "")]
+            assert len(shades) == len(places)
+            for shade, place in zip(shades, places, strict=True):  # rounding may cross a border
+                assert shade - 1e-3 <= place <= shade + 1 + 1e-3
 
 
 def test_the_screen_shows_five_shades_of_gates_in_growing_and_final_panes():
     tokenizer, console = Doors().tokenizer(), screen(80, colours=True)
     transcript = feed(["1 2 3 4 5", "6 7"], tokenizer)
-    transcript.shade([[0.1, 0.3, 0.5, 0.7, 1.0], [0.45]])  # the second thread's gates are known up to its first token
-    expected = [0, 1, 2, 3, 4, 2, 0]
+    transcript.shade([[0.2, 0.3, 0.4, 0.5, 0.6], [0.37]])  # the second thread's gates are known up to its first token
+    expected = [0, 1, 2, 3, 4, 2, 0]  # of five steps from 0.2 to 0.6
     assert [span.shade for n in range(2) for span in transcript.spans(n)] == expected
     for panes_now in (growing(transcript, "", console), complete(transcript, "", None, console)):
         assert shades_on(console, panes_now) == expected
+        assert any("gate 0.20       0.60" in line for line in drawn(screen(80), panes_now))
 
 
 def test_gates_are_read_in_a_tenth_of_the_time_and_all_of_them_in_the_end(monkeypatch: pytest.MonkeyPatch):

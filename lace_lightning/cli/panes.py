@@ -31,7 +31,7 @@ MAX_DRAWING_SHARE = 0.1
 
 FORCED_STYLE = "italic yellow"
 SHADE_STYLES = ("", "on grey15", "on grey23", "on grey30", "on grey37")
-"""Of gates from closed to open."""
+"""From the least open gates of the group to the most open ones."""
 TAG_STYLES = {Tag.BEST: "bold green", Tag.SUCCESS: "bold cyan", Tag.FAIL: "bold red"}
 STATE_STYLES = {
     State.WRITING: "cyan",
@@ -82,9 +82,8 @@ def growing(transcript: Transcript, problem: str, console: Console) -> Group:
     rows = _rows(transcript.num_threads, console.width)
     height = max((console.height - 2) // len(rows), FRAME_HEIGHT + 1)
     width = console.width // len(rows[0]) - FRAME_WIDTH
-    heading = Text(
-        f"t = {transcript.num_columns - 1}  {one_line(problem)}", style="bold", no_wrap=True, overflow="ellipsis"
-    )
+    heading = Text(f"t = {transcript.num_columns - 1}  ", style="bold", no_wrap=True, overflow="ellipsis")
+    heading.append_text(_legend(transcript)).append(one_line(problem))
     lines = height - FRAME_HEIGHT
     panes = [
         _pane(transcript, index, _last_lines(transcript.spans(index), width, lines, console), lines)
@@ -103,7 +102,19 @@ def complete(transcript: Transcript, problem: str, outcome: Outcome | None, cons
         tallest = max(len(texts[index]) for index in row)
         panes += [_pane(transcript, index, texts[index], tallest, outcome) for index in row]
     heading = Text(printable(problem), style="bold")
-    return Group(heading, _grid(panes, rows), _verdict(outcome))
+    return Group(heading, _grid(panes, rows), _legend(transcript).append_text(_verdict(outcome)))
+
+
+def _legend(transcript: Transcript) -> Text:
+    """Which gates the shades stand for; empty where none are known."""
+    legend = Text()
+    if transcript.gate_range is not None:
+        least, most = transcript.gate_range
+        legend.append(f"gate {least:.2f} ", style="dim")
+        for style in SHADE_STYLES:
+            legend.append(" ", style=style)
+        legend.append(f" {most:.2f}  ", style="dim")
+    return legend
 
 
 def _rows(num_threads: int, width: int) -> list[range]:

@@ -67,12 +67,15 @@ class Transcript:
         num_threads: N.
         tokenizer: spells the tokens, special ones left out as in :class:`~lace_lightning.decoding.Thread`.
         eos_ids: tokens that end a thread.
+
+    ``gate_range`` is the least and the most gate that was noted, if any.
     """
 
     def __init__(self, num_threads: int, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> None:
         self._tokenizer, self._eos_ids = tokenizer, frozenset(eos_ids)
         self._threads = [_Thread(Speller(self._spell)) for _ in range(num_threads)]
         self.num_columns = 0
+        self.gate_range: tuple[float, float] | None = None
 
     @property
     def num_threads(self) -> int:
@@ -102,9 +105,16 @@ class Transcript:
         return stopped
 
     def shade(self, gates: Sequence[Sequence[float]]) -> None:
-        """Note the mean gate, 0 … 1, at the first tokens of every thread, as far as it is known."""
+        """Note the mean gate, 0 … 1, at the first tokens of every thread, as far as it is known.
+
+        Shades run from the least to the most of these (``gate_range``): a model uses but a part of 0 … 1.
+        """
+        known = [value for values in gates for value in values]
+        least, most = self.gate_range = (min(known), max(known))
+        width = most - least
         for thread, values in zip(self._threads, gates, strict=True):
-            thread.shades[: len(values)] = [min(SHADES - 1, int(value * SHADES)) for value in values]
+            steps = [(value - least) / width if width else value for value in values]
+            thread.shades[: len(values)] = [min(SHADES - 1, int(step * SHADES)) for step in steps]
 
     def state(self, index: int) -> State:
         return self._threads[index].state
