@@ -82,7 +82,7 @@ def group_record(group: Group, verdicts: Sequence[Verdict]) -> dict[str, object]
         "text": group.problem.text,
         "answer": group.problem.answer,
         "seed": group.seed,
-        "best": next((index for index, thread in enumerate(group.threads) if thread is group.best), None),
+        "best": group.best_index,
         "threads": [
             {
                 "text": thread.text,

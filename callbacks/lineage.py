@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lace_lightning.callbacks.reporting import current_step, mlflow_loggers
 from lace_lightning.checkpoints import RUN, writer_of
+from lace_lightning.datamodules.base import GroupData
 from lace_lightning.modules import ThreadedModule
 from lace_lightning.tracking.run_folder import run_folder
 
@@ -82,7 +83,7 @@ class Lineage(Callback):
             logger.log_tag("lace.stage", pl_module.stage if is_fit else _DOES[trainer.state.fn].lower())
             logger.use_weights(runs, evaluates=not is_fit)
             logger.describe(_what(trainer, pl_module), self.command, runs[-1] if runs else None)
-            for card in _cards(pl_module):
+            if (card := _card(pl_module.data)) is not None:
                 logger.log_text(card.read_text(), f"data/{card.name}")
 
     def _link(self, trainer: Trainer) -> None:
@@ -91,8 +92,9 @@ class Lineage(Callback):
         self._began = False
         for logger in mlflow_loggers(trainer):
             if (path := last_checkpoint(trainer)) is not None:
-                places = {"checkpoint": str(path.absolute()), "config": f"{logger.log_dir}/config.yaml"}
-                logger.log_weights(current_step(trainer), places | _data_of(trainer))
+                config = Path(logger.log_dir, "config.yaml").absolute()
+                places = {"checkpoint": str(path.absolute()), "config": str(config)}
+                logger.log_weights(current_step(trainer), places | _data_of(trainer, str(logger.run_id)))
 
 
 def _what(trainer: Trainer, module: ThreadedModule) -> str:
@@ -116,15 +118,20 @@ def last_checkpoint(trainer: Trainer) -> Path | None:
     return max(there, key=lambda path: path.stat().st_mtime) if there else None
 
 
-def _data_of(trainer: Trainer) -> dict[str, str]:
-    """The files that the run learned from; a puzzle makes its own data."""
+def _data_of(trainer: Trainer, run_id: str) -> dict[str, str]:
+    """What the run learned from: its task, its files, and the artifact with their data card."""
     data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, GroupData):
+        return {}
     files = {name: getattr(data, name, None) for name in ("traces", "problems")}
-    return {f"data.{name}": str(file) for name, file in files.items() if file is not None}
+    named = {f"data.{name}": str(file) for name, file in files.items() if file is not None}
+    card = _card(data)
+    shown = {} if card is None else {"data.card": f"runs:/{run_id}/data/{card.name}"}
+    return {"data.task": type(data.task).__name__, **named, **shown}
 
 
-def _cards(module: ThreadedModule) -> list[Path]:
-    """The data card beside the traces, as `lace synth` writes it."""
-    traces = getattr(module.data, "traces", None)
+def _card(data: GroupData) -> Path | None:
+    """The data card beside the traces, as `lace synth` writes it; a puzzle makes its own data."""
+    traces = getattr(data, "traces", None)
     card = None if traces is None else Path(traces).parent / "card.md"
-    return [card] if card is not None and card.is_file() else []
+    return card if card is not None and card.is_file() else None

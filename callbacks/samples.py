@@ -7,13 +7,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lace_lightning.callbacks.kept_group import KeptGroup, kept_groups
 from lace_lightning.callbacks.reporting import current_step, is_due, mlflow_loggers, sampled_in, threaded
-from lace_lightning.decoding import Group
-from lace_lightning.evaluation.inspection import Inspector
-from lace_lightning.evaluation.judged import JudgedOutcome, JudgedPassage
-from lace_lightning.evaluation.method import Cost, Passage
+from lace_lightning.evaluation.method import Cost
 from lace_lightning.modules import SampledGroups
-from lace_lightning.tasks import Verdict
 from lace_lightning.tracking.run_folder import run_folder
 from lace_lightning.tracking.spool import replace_text
 from lace_lightning.viewer import viewer_page
@@ -21,14 +18,13 @@ from lace_lightning.viewer import viewer_page
 _MAX_CHARACTERS = 4000
 """Of a text in the table; the page shows more."""
 
-Judged = tuple[Group, Sequence[Verdict]]
-
 
 class SampleGroups(Callback):
     """Keeps the first groups of the last validation, test and training batch: one table and one page for each phase.
 
     The page ``samples/<phase>.html`` lies in the run's folder and among its artifacts, the table is called
-    ``samples_<phase>``; both replace those of before. Phases are ``train``, ``val`` and ``test``.
+    ``samples_<phase>``; both replace those of before. Phases are ``train``, ``val`` and ``test``. The page has gates
+    and what each token read, by one more forward pass per group; of groups with very long threads gates alone.
 
     Args:
         num_groups: groups per phase.
@@ -43,7 +39,7 @@ class SampleGroups(Callback):
             raise ValueError(f"num_groups={num_groups} and every_n_steps={every_n_steps} must be at least 1")
         self.num_groups = num_groups
         self.every_n_steps = every_n_steps
-        self._kept: list[Judged] = []
+        self._kept: list[KeptGroup] = []
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -51,7 +47,7 @@ class SampleGroups(Callback):
         """Show the batch's groups if it is due and the stage samples groups."""
         sampled = sampled_in(outputs)
         if sampled is not None and trainer.is_global_zero and is_due(trainer, self.every_n_steps):
-            self._show(trainer, pl_module, "train", _judged(sampled)[: self.num_groups])
+            self._show(trainer, pl_module, "train", kept_groups(sampled)[: self.num_groups])
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start afresh."""
@@ -82,40 +78,29 @@ class SampleGroups(Callback):
     def _keep(self, sampled: SampledGroups | None) -> None:
         missing = self.num_groups - len(self._kept)
         if sampled is not None and missing > 0:
-            self._kept += _judged(sampled)[:missing]
+            self._kept += kept_groups(sampled)[:missing]
 
-    def _show(self, trainer: Trainer, pl_module: LightningModule, phase: str, judged: list[Judged]) -> None:
-        if not judged:
+    def _show(self, trainer: Trainer, pl_module: LightningModule, phase: str, kept: list[KeptGroup]) -> None:
+        if not kept:
             return
-        data, step = threaded(pl_module).data, current_step(trainer)
-        inspector = Inspector(data.task.template, data.tokenizer)
-        outcomes = [outcome_of(group, verdicts, inspector) for group, verdicts in judged]
+        module, step = threaded(pl_module), current_step(trainer)
+        outcomes = [group.judged(module, phase, 0, Cost(), reads=True) for group in kept]
         page = viewer_page(f"{phase} groups, step {step:,}", outcomes)
         path = run_folder(trainer) / "samples" / f"{phase}.html"
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, page)
         for logger in mlflow_loggers(trainer):
             logger.log_text(page, f"samples/{phase}.html")
-            logger.log_table(sample_rows(judged), f"samples_{phase}")
+            logger.log_table(sample_rows(kept), f"samples_{phase}")
 
 
-def outcome_of(group: Group, verdicts: Sequence[Verdict], inspector: Inspector) -> JudgedOutcome:
-    """A judged group as the viewer shows it; gates and reads are not recorded."""
-    passages = tuple(
-        JudgedPassage(Passage(thread, "path"), verdict, inspector.thread(n, thread))
-        for n, (thread, verdict) in enumerate(zip(group.threads, verdicts, strict=True))
-    )
-    chosen = next((n for n, thread in enumerate(group.threads) if thread is group.best), None)
-    return JudgedOutcome("", "", 0, group.problem, passages, chosen, Cost())
-
-
-def sample_rows(judged: Sequence[Judged]) -> list[dict[str, object]]:
+def sample_rows(kept: Sequence[KeptGroup]) -> list[dict[str, object]]:
     """One row per thread, texts cut to 4,000 characters."""
     return [
         {
             "problem": group.problem.id,
             "thread": index,
-            "chosen": thread is group.best,
+            "chosen": index == group.best_index,
             "tag": thread.tag,
             "verdict": str(verdict),
             "answer": None if thread.answer is None else thread.answer[:_MAX_CHARACTERS],
@@ -124,10 +109,6 @@ def sample_rows(judged: Sequence[Judged]) -> list[dict[str, object]]:
             "text": thread.text[:_MAX_CHARACTERS],
             "tokens": thread.num_tokens,
         }
-        for group, verdicts in judged
+        for group, verdicts, _ in kept
         for index, (thread, verdict) in enumerate(zip(group.threads, verdicts, strict=True))
     ]
-
-
-def _judged(sampled: SampledGroups) -> list[Judged]:
-    return list(zip(sampled.groups, sampled.verdicts, strict=True))

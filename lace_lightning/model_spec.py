@@ -87,7 +87,10 @@ class ModelSpec:
         """
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = self._config(tokenizer) if self.backbone is None else AutoConfig.from_pretrained(self.backbone)
+        if self.backbone is None:
+            config = self._config(tokenizer)
+        else:
+            config = AutoConfig.from_pretrained(self.backbone, trust_remote_code=False)
         with torch.device("meta"):
             backbone = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.dtype))
             return self._with_threads(backbone, tokenizer)

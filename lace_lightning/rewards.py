@@ -13,7 +13,6 @@ from torch import Tensor
 from lace_lightning.diversity import embedding_diversity
 from lace_lightning.embedding import Embedder
 from lace_lightning.tasks import Verdict
-from lace_lightning.traces.schema import Tag
 
 if TYPE_CHECKING:
     from lace_lightning.decoding.group import Group
@@ -90,7 +89,7 @@ class DiversityReward(Reward):
 
 def is_best_correct(group: Group, verdicts: Sequence[Verdict]) -> bool:
     """Whether the one thread tagged ``[[best]]`` is correct; False if the tags are not valid."""
-    return group.has_valid_tags and verdicts[group.tags.index(Tag.BEST)] == Verdict.CORRECT
+    return group.best_index is not None and verdicts[group.best_index] == Verdict.CORRECT
 
 
 def total_reward(

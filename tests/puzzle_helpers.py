@@ -1,8 +1,12 @@
-"""What the puzzle tests share: a decoded thread made by hand."""
+"""What tests on puzzles share: a decoded thread made by hand, and the gates of a decoded group."""
 
 from __future__ import annotations
 
-from lace_lightning.decoding.group import Thread
+import torch
+
+from lace_lightning.decoding.group import Group, Thread
+from lace_lightning.tasks import Puzzle
+from lace_lightning.threaded_lm import ThreadedLM
 
 
 def decoded_thread(answer: str | None, observations: tuple[str, ...] = ()) -> Thread:
@@ -38,3 +42,18 @@ HOSTILE_ANSWERS = [
     "[[best]]",
     "\ud800",
 ]
+
+
+def gates_of(model: ThreadedLM, puzzle: Puzzle, group: Group) -> list[list[float]]:
+    """The mean gate at each token, from one pass over threads that are laid out by hand."""
+    prompt = puzzle.template.encode_prompt(group.problem.text, model.tokenizer)
+    columns = 1 + max(thread.columns[-1] for thread in group.threads)
+    ids = torch.zeros(1, len(group.threads), len(prompt) + columns, dtype=torch.long)
+    ids[..., : len(prompt)] = torch.tensor(prompt)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[..., : len(prompt)] = True
+    for n, thread in enumerate(group.threads):
+        at = [len(prompt) + column for column in thread.columns]
+        ids[0, n, at], mask[0, n, at] = torch.tensor(thread.token_ids), True
+    gate = torch.stack([reading.gate for reading in model.read(ids, mask, len(prompt))]).mean(0)[0]
+    return [gate[n, list(thread.columns)].tolist() for n, thread in enumerate(group.threads)]

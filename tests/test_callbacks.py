@@ -14,12 +14,16 @@ from lightning.pytorch import Trainer
 from lace_lightning.callbacks import (
     DiversityMonitor,
     GateMonitor,
+    GroupTraces,
     GroupWriter,
     SampleGroups,
     TagMonitor,
     ValidationTable,
+    kept_group,
+    samples,
 )
 from lace_lightning.callbacks import gates as gates_file
+from lace_lightning.callbacks.kept_group import KeptGroup
 from lace_lightning.datamodules.problems import ProblemData
 from lace_lightning.datamodules.traces import TraceData
 from lace_lightning.diversity import edit_diversity, embedding_diversity
@@ -33,6 +37,7 @@ from lace_lightning.puzzles import Doors
 from lace_lightning.rewards import AccuracyReward, DiversityReward
 from lace_lightning.traces.template import Segment
 from lace_lightning.tracking import MLflowLogger
+from tests.puzzle_helpers import gates_of
 from tests.viewer_helpers import island
 
 NUM_THREADS = 3
@@ -323,9 +328,46 @@ def test_sample_texts_of_the_table_are_bounded():
     from lace_lightning.callbacks.samples import sample_rows
     from tests.hand_built import BEST, RIGHT, group, thread
 
-    (row,) = sample_rows([(group([thread("9" * 9999, BEST, "x" * 9999)]), [RIGHT])])
+    (row,) = sample_rows([KeptGroup(group([thread("9" * 9999, BEST, "x" * 9999)]), [RIGHT], None)])
     assert len(row["text"]) == len(row["answer"]) == 4000
     assert row["chosen"] and row["tag"] == "[[best]]" and row["verdict"] == "correct"
+
+
+@pytest.mark.parametrize("phase", ["train", "val"])
+def test_sample_groups_show_the_gates_and_reads_of_their_tokens(tmp_path, monkeypatch, phase):
+    """As one pass over the group's threads, laid out by hand, finds them with the weights of that moment."""
+    expected, shown = [], []
+
+    class Watched(SampleGroups):
+        def _show(self, trainer, pl_module, told, kept):
+            super()._show(trainer, pl_module, told, kept)
+            assert told == phase and pl_module.model.training == (phase == "train")
+            expected.extend(gates_of(pl_module.model, Doors(), one.group) for one in kept)
+
+    page_of = samples.viewer_page
+    monkeypatch.setattr(
+        samples, "viewer_page", lambda title, records: (shown.extend(records), page_of(title, records))[1]
+    )
+    do = "fit" if phase == "train" else "validate"
+    logger = run(tmp_path, [Watched(2, every_n_steps=4)], do=do, limit_val_batches=0 if phase == "train" else 2).logger
+    assert len(shown) == len(expected) == 2
+    for outcome, gates in zip(shown, expected, strict=True):
+        for passage, own in zip(outcome.passages, gates, strict=True):
+            assert passage.inspection.gates == pytest.approx(own, abs=1e-6)
+            assert len({round(gate, 5) for gate in own}) > 1 or len(own) == 1, "gates that are all alike show nothing"
+            assert any(passage.inspection.reads)
+    rows = island(logger.texts[f"samples/{phase}.html"][-1])["rows"]
+    assert all(thread["has_gates"] and thread["has_reads"] for row in rows for thread in row["threads"])
+
+
+@pytest.mark.parametrize(("limit", "is_sharded", "has"), [(10, False, (True, False)), (2**24, True, (False, False))])
+def test_long_groups_have_gates_alone_and_sharded_weights_nothing(tmp_path, monkeypatch, limit, is_sharded, has):
+    monkeypatch.setattr(kept_group, "MAX_PAIRS", limit)
+    if is_sharded:
+        monkeypatch.setattr("torch.distributed.tensor.DTensor", torch.nn.Parameter)
+    logger = run(tmp_path, [SampleGroups(2)], do="validate").logger
+    rows = island(logger.texts["samples/val.html"][-1])["rows"]
+    assert {(thread["has_gates"], thread["has_reads"]) for row in rows for thread in row["threads"]} == {has}
 
 
 def test_samples_are_written_without_a_logger_too(tmp_path):
@@ -448,6 +490,7 @@ def test_other_stages_leave_the_file_of_predictions_alone(tmp_path):
         (lambda: TagMonitor(-1), "every_n_steps=-1"),
         (lambda: SampleGroups(num_groups=0), "num_groups=0"),
         (lambda: SampleGroups(every_n_steps=0), "every_n_steps=0"),
+        (lambda: GroupTraces(every_n_steps=0), "every_n_steps=0"),
         (lambda: ValidationTable("."), "path='.'"),
         (lambda: GroupWriter("."), "path='.'"),
     ],

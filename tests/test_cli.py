@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -186,3 +187,28 @@ def test_init_leaves_what_exists_alone(in_empty_folder, capsys):
 
 def files_under(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---------------------------------------------------------------- what comes next
+
+SAYS_NOTHING = {"ui"}
+"""It runs until it is stopped."""
+
+
+@pytest.mark.parametrize("command", [name for name in TOOLS if name not in SAYS_NOTHING])
+def test_every_tool_has_something_to_say_on_what_comes_next(command):
+    source = Path(import_module(TOOLS[command][0]).__file__).read_text()
+    assert "say_next(" in source
+
+
+def test_after_init_the_command_that_is_named_trains_with_the_copied_configs(capsys):
+    assert main(["init", "my work"]) == 0
+    printed = capsys.readouterr()
+    assert "cd 'my work' && lace fit --config configs/demo/base.yaml" in printed.err and "next" not in printed.out
+    assert Path("my work/configs/demo/base.yaml").is_file()
+
+
+def test_a_plan_is_followed_by_the_command_that_runs_it(capsys):
+    assert main(["sweep", "configs/sweeps/tiny.yaml", "--dry-run"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.endswith("  run it:\n    lace sweep configs/sweeps/tiny.yaml\n") and "next" not in printed.out

@@ -21,6 +21,10 @@ from lace_lightning.decoding import (
     make_decoder,
     to_groups,
 )
+from lace_lightning.decoding import gates as gates_file
+from lace_lightning.decoding.decoder import left_pad
+from lace_lightning.decoding.gates import GateReader
+from lace_lightning.decoding.plain import PlainSteps
 from lace_lightning.puzzles.vocabulary import word_tokenizer
 from lace_lightning.threaded_lm import ThreadedLM
 from lace_lightning.traces.schema import Problem, Tag
@@ -299,6 +303,35 @@ def test_streaming_sees_exactly_what_the_rollout_holds():
         ("logprobs", rollout.logprobs),
     ]:
         assert torch.equal(torch.stack([getattr(column, name) for column in columns], -1), held[..., start:])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.backend in ("sdpa", "auto")], ids=str)
+@pytest.mark.parametrize("at_once", [1, 5])
+def test_gates_read_while_decoding_are_those_of_one_full_forward_pass(case, at_once, monkeypatch):
+    """With waits, early ends and forced tokens; columns come one by one or several at once, in short passes."""
+    model, columns = lm_of(case), []
+    prompts = left_pad(PROMPTS, PAD, torch.device("cpu"))
+    reader, passes = GateReader(model, *prompts, 3), []
+    read = PlainSteps.read
+    monkeypatch.setattr(
+        PlainSteps, "read", lambda self, *args: (passes.append(args[0].shape[-1]), read(self, *args))[1]
+    )
+    monkeypatch.setattr(gates_file, "MAX_PAIRS", 800)  # one or two columns of 3 groups of 3 threads
+    rollout = decoder(model, opening=OPENING).decode(PROMPTS, 3, [1, 2, 3], on_column=columns.append)
+    readings = model.read(rollout.input_ids, rollout.attention_mask, rollout.prompt_length)
+    batches = [columns[at : at + at_once] for at in range(0, len(columns), at_once)]
+    found = [
+        reader.read(*(torch.stack([getattr(c, name) for c in batch], -1) for name in ("tokens", "written")))
+        for batch in batches
+    ]
+    assert set(passes) == {1, 2} if at_once == 5 else {1}
+    if not readings:
+        assert found == [None] * len(batches)
+        return
+    written = rollout.attention_mask[..., rollout.prompt_length :]
+    full = torch.stack([reading.gate for reading in readings]).mean(0)[..., -written.shape[-1] :]
+    assert (torch.cat(found, dim=-1) - full)[written].abs().max() < 1e-5
+    assert full[written].std() > 1e-3 or case.exchange == "ungated", "gates that are all alike show nothing"
 
 
 def test_rules_that_cannot_work_are_refused():

@@ -345,6 +345,9 @@ def test_a_tracked_evaluation_has_tables_and_a_trace_per_group_that_tags_find(tm
     experiment = client.get_experiment_by_name("toy").experiment_id
     (found,) = client.search_runs([experiment])
     assert found.data.metrics["eval/doors/solo/tokens"] > 0 and found.info.status == "FINISHED"
+    note = found.data.tags["mlflow.note.content"]
+    assert f"```\nlace eval --config {path} --benchmarks.doors.num_problems=4\n```" in note
+    assert f"`eval/doors/solo/acc` {found.data.metrics['eval/doors/solo/acc']:.4g}" in note
     mlflow.set_tracking_uri(uri)
     page = mlflow.artifacts.load_text(f"{found.info.artifact_uri}/viewer.html")
     assert len(island(page)["rows"]) == 4 and page == (tmp_path / "out/viewer.html").read_text()

@@ -21,12 +21,13 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lace_lightning.adapter import read_exchange_config
 from lace_lightning.checkpoints import TRAINED
-from lace_lightning.cli import panes
+from lace_lightning.cli import generate, panes
 from lace_lightning.cli.generate import run
 from lace_lightning.cli.outcome import Outcome, why_invalid
-from lace_lightning.cli.panes import FORCED_STYLE, PaneView, complete, growing
+from lace_lightning.cli.panes import FORCED_STYLE, SHADE_STYLES, PaneView, complete, growing
 from lace_lightning.cli.plain import PlainView
-from lace_lightning.cli.transcript import Span, State, Transcript
+from lace_lightning.cli.shading import Shading
+from lace_lightning.cli.transcript import SHADES, Span, State, Transcript
 from lace_lightning.decoding import Column, Group, GroupDecoder, Sampling, group_seed, to_groups
 from lace_lightning.exchange import LatticeAttentionConfig, SameStepConfig
 from lace_lightning.model_spec import ModelSpec
@@ -37,7 +38,7 @@ from lace_lightning.tasks import Verdict
 from lace_lightning.threaded_lm import ThreadedLM
 from lace_lightning.traces.schema import Problem, Tag
 from tests.helpers import wake
-from tests.puzzle_helpers import decoded_thread
+from tests.puzzle_helpers import decoded_thread, gates_of
 
 ARCHITECTURE = {
     "model_type": "qwen3",
@@ -458,7 +459,7 @@ def test_without_valid_tags_nothing_is_framed_and_the_reason_is_given():
 )
 def test_a_reason_is_given_exactly_if_tags_are_invalid(tags: list[Tag | None], reason: str):
     assert why_invalid(tags) == reason
-    assert (outcome_of(tags).winner is None) is bool(reason)
+    assert (outcome_of(tags).group.best_index is None) is bool(reason)
 
 
 def test_words_of_the_environment_stand_in_their_own_style_and_tags_in_colour():
@@ -573,6 +574,85 @@ def test_frames_are_drawn_no_faster_than_the_eye_or_a_tenth_of_the_time(monkeypa
             view.update([])
     gaps = [later - earlier for earlier, later in zip(frames, frames[1:], strict=False)]
     assert len(gaps) >= 3 and min(gaps) >= 0.5
+
+
+def shades_on(console: Console, renderable: object) -> list[int]:
+    """The shade of each number on the screen that a thread of doors wrote, line by line."""
+    styles = [str(segment.style) for segment in console.render(renderable) if re.fullmatch(r" *\d *", segment.text)]
+    return [next((n for n, name in enumerate(SHADE_STYLES) if name and style.endswith(name)), 0) for style in styles]
+
+
+def test_panes_are_shaded_by_gates_while_threads_are_decoded(doors_run: Run, monkeypatch: pytest.MonkeyPatch):
+    """Every frame shows the gates of one full forward pass over what stood there; the group is the unwatched one."""
+    console, frames = screen(60, colours=True), []
+
+    class Watched(PaneView):
+        def update(self, ended: Sequence[int]) -> None:
+            frames.append([self._transcript.spans(n) for n in range(NUM_THREADS)])
+
+        def finish(self, outcome: Outcome | None) -> None:
+            frames.append(outcome)
+
+    monkeypatch.setattr(generate, "_view", lambda transcript, problem, plain: Watched(transcript, problem, console))
+    monkeypatch.setattr("lace_lightning.cli.shading.MAX_READING_SHARE", float("inf"))  # read at every column
+    with torch.no_grad():
+        for exchange in doors_run.model.exchange_at.values():
+            exchange.gate.weight.copy_(20 * exchange.gate.weight[:1])  # all channels open and close together
+    doors_run.save("checkpoints/last.ckpt")
+    assert run(["--run", str(doors_run.folder), "--problem", "5"]) == 0
+    *frames, outcome = frames
+    group = decode_doors(doors_run.model, 5, Sampling())
+    assert outcome.group == group
+    gates = gates_of(doors_run.model, Doors(), group)
+    spell = doors_run.model.tokenizer.decode
+    assert len({round(value, 2) for values in gates for value in values}) >= 5, "gates that are all alike show nothing"
+    for time, spans in enumerate(frames[:-1]):  # the last frame says again what ended
+        so_far = [sum(column <= time for column in thread.columns) for thread in group.threads]
+        known = [value for values, count in zip(gates, so_far, strict=True) for value in values[:count]]
+        least, width = min(known), (max(known) - min(known)) / SHADES
+        for thread, values, shown, count in zip(group.threads, gates, spans, so_far, strict=True):
+            pieces = [spell([token], skip_special_tokens=True) for token in thread.token_ids[:count]]
+            places = [(value - least) / width for piece, value in zip(pieces, values, strict=False) for _ in piece]
+            shades = [span.shade for span in shown for _ in span.text.replace(" ", "")]
+            assert len(shades) == len(places)
+            for shade, place in zip(shades, places, strict=True):  # rounding may cross a border
+                assert shade - 1e-3 <= place <= shade + 1 + 1e-3
+
+
+def test_the_screen_shows_five_shades_of_gates_in_growing_and_final_panes():
+    tokenizer, console = Doors().tokenizer(), screen(80, colours=True)
+    transcript = feed(["1 2 3 4 5", "6 7"], tokenizer)
+    transcript.shade([[0.2, 0.3, 0.4, 0.5, 0.6], [0.37]])  # the second thread's gates are known up to its first token
+    expected = [0, 1, 2, 3, 4, 2, 0]  # of five steps from 0.2 to 0.6
+    assert [span.shade for n in range(2) for span in transcript.spans(n)] == expected
+    for panes_now in (growing(transcript, "", console), complete(transcript, "", None, console)):
+        assert shades_on(console, panes_now) == expected
+        assert any("gate 0.20       0.60" in line for line in drawn(screen(80), panes_now))
+
+
+def test_gates_are_read_in_a_tenth_of_the_time_and_all_of_them_in_the_end(monkeypatch: pytest.MonkeyPatch):
+    clock, read = [0.0], []
+
+    class SlowReader:
+        def read(self, tokens: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+            read.append((clock[0], tokens.shape[-1]))
+            clock[0] += 0.05
+            return torch.full(tokens.shape, 0.9)
+
+    monkeypatch.setattr("lace_lightning.cli.shading.time.monotonic", lambda: clock[0])
+    tokenizer = byte_tokenizer()
+    transcript = Transcript(1, tokenizer, [tokenizer.eos_token_id])
+    shading = Shading(transcript, SlowReader())
+    for time in range(99):
+        clock[0] += 0.02
+        one = torch.tensor([[5]])
+        column = Column(time, one, one > 0, one < 0, one.float())
+        transcript.add(column)
+        shading.add(column)
+    assert min(later - earlier for (earlier, _), (later, _) in zip(read, read[1:], strict=False)) >= 0.5
+    shading.finish()
+    assert sum(count for _, count in read) == 99 and len(read) >= 4
+    assert [span.shade for span in transcript.spans(0)] == [SHADES - 1]
 
 
 def test_final_panes_are_shaded_by_the_gates_of_their_tokens():

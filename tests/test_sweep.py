@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from io import StringIO
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from lace_lightning.cli.shipped import SHIPPED
+from lace_lightning.evaluation.store import StoreError
 from lace_lightning.sweep import runner as runner_module
 from lace_lightning.sweep.figure import figure, kind_of
-from lace_lightning.sweep.plan import PlannedStage, difference, plan
+from lace_lightning.sweep.plan import PlannedStage, data_of, difference, plan
 from lace_lightning.sweep.points import planned_points
 from lace_lightning.sweep.process import CommandFailed, Room, Stopped
 from lace_lightning.sweep.reading import read_sweep
-from lace_lightning.sweep.report import as_csv, markdown
+from lace_lightning.sweep.report import as_csv, markdown, table
 from lace_lightning.sweep.runner import Runner, RunOptions
-from lace_lightning.sweep.spec import Axis, EvaluationSettings, Limits, StageSpec, SweepError, SweepSpec
+from lace_lightning.sweep.spec import (
+    Axis,
+    Change,
+    EvaluationSettings,
+    Limits,
+    StageSpec,
+    SweepError,
+    SweepSpec,
+    Tracking,
+)
 from lace_lightning.sweep.store import Store
-from lace_lightning.sweep.study import Ledger, Unit
-from lace_lightning.sweep.table import Measured, Result, compare, crossed, over_seeds, sign_flip
+from lace_lightning.sweep.study import Ledger
+from lace_lightning.sweep.table import Measured, Result, compare, crossed, measured_rows, over_seeds, sign_flip
+from lace_lightning.sweep.units import Unit
+from lace_lightning.tracking.note import NOTE
 
 
 def make_sweep(tmp_path, **changes) -> SweepSpec:
@@ -74,6 +91,23 @@ def test_stages_with_equal_settings_seed_and_data_are_one_and_others_are_not(tmp
     assert digests[0] == digests[2] != digests[1]
 
 
+def test_the_digest_of_a_folder_is_of_what_its_files_hold(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("one")
+    before = data_of({"spec": [str(tmp_path / "model")]})
+    (tmp_path / "model" / "weights").write_text("two")  # as many bytes
+    assert data_of({"spec": [str(tmp_path / "model")]}) != before
+    monkeypatch.chdir(tmp_path / "model")
+    texts = [".", "..", str(tmp_path), "no file", "x" * 300, "a\0b", ""]  # nor does a long prompt break it
+    assert data_of(texts) == {}
+
+
+def test_a_stage_starts_from_stages_before_it(tmp_path):
+    stages = {"sft": StageSpec(["a.yaml"], after=["backbone"]), "backbone": StageSpec(["b.yaml"])}
+    with pytest.raises(SweepError, match="stages.sft.after names 'backbone', and the stages before it are none"):
+        make_sweep(tmp_path, stages=stages)
+
+
 def test_the_plan_tells_what_differs_from_the_base_and_nothing_else(tmp_path):
     base, other = plan(make_sweep(tmp_path, seeds=[3]))
     assert list(difference(other, base)) == ["sft: data.init_args.jitter: 0 -> 1"]
@@ -92,6 +126,13 @@ def test_values_that_name_classes_import_nothing(tmp_path):
         sweep.axes["a"].choices["one"].set["key"] == sweep.axes["b"].values[0] == {"class_path": "antigravity.Rocket"}
     )
     assert "antigravity" not in sys.modules
+
+
+def test_a_file_that_extends_itself_is_named(tmp_path):
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\nname: x\n")
+    (tmp_path / "b.yaml").write_text("extends: [a.yaml]\n")
+    with pytest.raises(SweepError, match="a.yaml lies beneath itself"):
+        read_sweep(str(tmp_path / "a.yaml"))
 
 
 # ---------------------------------------------------------------- shared stages
@@ -113,6 +154,20 @@ def test_two_workers_that_want_one_stage_train_it_once(tmp_path):
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert len(done) == 1 and store.is_done("stage")
+
+
+def test_waiting_for_anothers_stage_does_not_count_against_the_trials_time(tmp_path):
+    (tmp_path / "stage").mkdir()
+    with (tmp_path / "stage" / ".lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        room = Room(deadline=time.monotonic() + 0.3)
+        work = threading.Thread(target=Store(tmp_path, room, tell=lambda _: None)._once, args=("stage", Path.exists))
+        work.start()
+        time.sleep(1)
+        assert work.is_alive()
+    work.join(5)
+    assert (tmp_path / "stage" / "done.json").exists()
+    room.check("lace fit")  # some of its 0.3 seconds is left
 
 
 def test_the_lock_of_a_killed_holder_is_taken_over(tmp_path):
@@ -143,6 +198,14 @@ def test_a_command_that_fails_hangs_or_is_stopped_is_told_apart(tmp_path):
     room.stop.set()
     with pytest.raises(Stopped):
         room.run(["demo"], log)
+
+
+def test_the_reason_of_a_failure_is_from_this_attempt(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("MemoryError: of the attempt before\n")
+    with pytest.raises(CommandFailed, match="give one model") as caught:
+        Room().run(["generate", "two words"], log)
+    assert "MemoryError" not in str(caught.value) and "$ lace generate 'two words'" in log.read_text()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
@@ -185,7 +248,8 @@ def test_finished_trials_stay_failed_ones_wait_for_a_retry_and_lost_ones_go_on(t
 def test_the_trial_of_a_process_that_died_here_is_free_at_once(tmp_path):
     url = f"sqlite:///{tmp_path}/study.db"
     program = f"""
-from lace_lightning.sweep.study import Ledger, Unit
+from lace_lightning.sweep.study import Ledger
+from lace_lightning.sweep.units import Unit
 Ledger({url!r}, "s", "maximize").claim([Unit("0", "row", (0,))])
 """
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -255,6 +319,62 @@ def test_a_failed_trial_is_recorded_the_rest_go_on_and_a_retry_does_only_what_is
     assert (tmp_path / "sweeps/quick/report.png").stat().st_size > 1000
 
 
+def test_a_metric_without_any_number_fails_its_trial_and_a_damaged_evaluation_too(tmp_path, ran, monkeypatch):
+    sweep = make_sweep(tmp_path, columns=[])
+    runner = start(sweep, ran)
+    broken = [trial.folder for trial in runner.trials.values()]
+
+    def measure(sweep, folder):
+        if folder.name == broken[0]:
+            raise StoreError("line 3 is no outcome")
+        return {"lace": {"problems": [0], "values": {"acc": [None if folder.name == broken[1] else 1.0]}}}
+
+    monkeypatch.setattr(runner_module, "measure", measure)
+    result = runner.run()
+    assert [reason.partition(" for method")[0] for _, reason in result.failures] == [
+        "line 3 is no outcome", "metric='acc' has no number on any problem",
+    ]  # fmt: skip
+    assert len(result.rows) == 2 and result.num_open == 0
+    told = json.loads((tmp_path / "sweeps/quick/report.json").read_text(), parse_constant=pytest.fail)
+    assert set(told["means"].values()) == {1.0}
+
+
+def test_the_parent_run_says_what_it_is_how_to_repeat_it_and_how_it_went(tmp_path, ran):
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    sweep = make_sweep(tmp_path, columns=[], description="Jitter helps.", tracking=Tracking(uri=uri))
+    commands, state = ran
+    runner = start(sweep, ran)
+    broken = [*runner.trials.values()][-1].folder
+    state["failing"] = {broken}
+    runner.run()
+    client = MlflowClient(uri)
+    failed = client.get_run(runner.parent)
+    assert failed.info.status == "FAILED" and "1 trials failed" in failed.data.tags[NOTE]
+    state["failing"] = set()
+    again = start(sweep, ran, retry_failed=True)
+    again.run()
+    assert again.parent == runner.parent
+    run = client.get_run(runner.parent)
+    note = run.data.tags[NOTE]
+    assert run.info.status == "FINISHED" and run.data.tags["lace.stage"] == "sweep"
+    assert "**Sweep** `quick`. Jitter helps." in note and "```\nlace sweep quick.yaml\n```" in note
+    assert "2 rows are measured. Best acc: jitter=1, 0.750 (+0.500 to the base)." in note and "finished after" in note
+    assert run.data.metrics["acc/jitter_1"] == 0.75 and run.data.metrics["acc_difference/jitter_1"] == 0.5
+    files = {file.path for file in client.list_artifacts(runner.parent)}
+    assert files == {"report.md", "report.csv", "report.json", "report.png", "sweep.yaml"}
+
+
+def test_the_end_of_the_time_is_told_once(tmp_path, ran, monkeypatch):
+    told = []
+    sweep = make_sweep(tmp_path, columns=[], limits=Limits(total_minutes=1e-3))
+    monkeypatch.setattr(Room, "run", lambda room, arguments, log: room.stop.wait(5) and time.sleep(0.5))
+    runner = Runner(sweep, RunOptions("quick.yaml"), tell=told.append)
+    assert runner.run().num_open
+    assert sum("total_minutes" in line for line in told) == 1
+
+
 def test_workers_get_the_gpus_in_turn_and_share_the_cores(tmp_path, ran, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     runner = start(make_sweep(tmp_path), ran, workers=3, gpus=["3", "5"])
@@ -288,7 +408,36 @@ def test_the_interval_over_seeds_is_students():
     values = [np.full(4, mean) for mean in (0.2, 0.5, 0.35)]
     found = over_seeds(values)
     low, high = stats.t.interval(0.95, 2, loc=0.35, scale=stats.sem([0.2, 0.5, 0.35]))
-    assert (found.value, found.low, found.high) == pytest.approx((0.35, low, high), abs=1e-3)
+    assert (found.value, found.low, found.high) == pytest.approx((0.35, low, high))
+    means = np.random.default_rng(0).random(31)
+    found = over_seeds([np.full(4, mean) for mean in means])
+    assert (found.low, found.high) == pytest.approx(stats.t.interval(0.95, 30, means.mean(), stats.sem(means)))
+
+
+def test_a_seed_without_a_number_counts_neither_in_the_mean_nor_in_the_difference(tmp_path):
+    def measured(label, *by_seed):
+        own = {seed: {"problems": [0, 1], "values": {"acc": values}} for seed, values in enumerate(by_seed)}
+        return Measured(label, label, {"row": label}, "lace", own)
+
+    rows = [
+        measured("base", [0.0, 1.0], [0.0, 0.0], [1.0, 0.0]),
+        measured("other", [1.0, 1.0], [None, None], [1.0, None]),
+    ]
+    sweep = make_sweep(tmp_path, columns=[])
+    _, other = compare(sweep, rows)
+    assert other.metric.value == 1.0 and other.difference.value == 0.5  # problem 0 of seeds 0 and 2
+    empty = compare(sweep, [rows[0], measured("none", [None, None], [None, None])])[1]
+    assert np.isnan([empty.metric.value, empty.difference.value, empty.p_value]).all()
+
+
+def test_methods_of_a_single_row_are_compared_with_the_base_method_also_if_the_base_row_is_named(tmp_path):
+    numbers = {"problems": [0, 1], "values": {"acc": [0.0, 1.0]}}
+    sweep = make_sweep(
+        tmp_path, columns=[], search="list", axes={}, rows={"a: b": Change()}, base="a: b", method="vote"
+    )
+    rows = compare(sweep, measured_rows({"a: b": {}}, {"a: b": {0: {"lace": numbers, "vote": numbers}}}))
+    assert [row.measured.label for row in rows] == ["lace", "vote"]
+    assert rows[0].difference.value == 0.0 and rows[1].difference is None
 
 
 def test_the_sign_flip_test_equals_the_exact_binomial_on_ties_and_wins():
@@ -305,7 +454,7 @@ def test_differences_are_paired_by_seed_and_problem(tmp_path):
     def measured(label, shift, order):
         noise = np.random.default_rng(1).normal(0, 5, (2, 40))  # the same problems are hard for both
         own = {seed: {"problems": list(order), "values": {"acc": list(noise[seed][order] + shift)}} for seed in (0, 1)}
-        return Measured(label, {"row": label}, "lace", own)
+        return Measured(label, label, {"row": label}, "lace", own)
 
     rows = [measured("base", 0.0, np.arange(40)), measured("other", 0.1, generator.permutation(40))]
     base, other = compare(make_sweep(tmp_path, columns=[]), rows)
@@ -326,21 +475,24 @@ def test_figures_fit_the_rows_and_reports_hold_them(tmp_path):
     def rows(axes):
         numbers = {0: {"problems": [0, 1], "values": {"acc": [0.0, 1.0]}}}
         return [
-            Measured(str(values), dict(zip(axes, values, strict=True)), "lace", numbers)
+            Measured(str(values), str(values), dict(zip(axes, values, strict=True)), "lace", numbers)
             for values in product(*axes.values())
         ]
 
-    sweep = make_sweep(tmp_path, columns=[])
+    sweep = make_sweep(tmp_path, columns=[], name="[b]quick $a $b^{")
     kinds = {}
     for name, axes in {
         "lines": {"n": [1, 2, 4]},
-        "bars": {"row": ["a|b", "c"]},
+        "bars": {"row": ["a|b\n$x^{$ y", "c"]},
         "heat map": {"r": [1, 2], "h": ["x", "y"]},
     }.items():
-        result = Result(sweep, compare(sweep, rows(axes)), [], 1)
+        result = Result(sweep, compare(sweep, rows(axes)), [("row, seed 0", "it said\n# `<b>`")], 1)
         kinds[name] = kind_of(result.rows)
         figure(result).savefig(tmp_path / "figure.png")
         text = markdown(result)
         assert "not complete" in text and len(as_csv(result).splitlines()) == len(result.rows) + 1
         assert {line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")} == {6}
+        assert "- row, seed 0: `it said # '<b>'`\n" in text
+        Console(file=(printed := StringIO()), width=120).print(table(result))
+        assert "[b]quick" in printed.getvalue()
     assert all(name == kind for name, kind in kinds.items())

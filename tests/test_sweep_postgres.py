@@ -53,11 +53,12 @@ def _wait_for(path, seconds=20.0):
 
 WORKER = """
 import sys, time
-from lace_lightning.sweep import study
-from lace_lightning.sweep.study import Ledger, Unit
+from lace_lightning.sweep import worker
+from lace_lightning.sweep.study import Ledger
+from lace_lightning.sweep.units import Unit
 
 url, name, log, victim = sys.argv[1:]
-study._host = lambda: name                  # as if on machines of their own: only heartbeats tell who lives
+worker._host = lambda: name                 # as if on machines of their own: only heartbeats tell who lives
 ledger = Ledger(url, "shared", "maximize", heartbeat=1)
 units = [Unit(f"unit {i}", f"row {i}", (0,)) for i in range(6)]
 while True:

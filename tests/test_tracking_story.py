@@ -22,6 +22,7 @@ from lace_lightning.exchange import SameStepConfig
 from lace_lightning.modules import LatticeGRPO, SupervisedFinetuning, ThreadedModule
 from lace_lightning.rewards import AccuracyReward, DiversityReward
 from lace_lightning.tasks import Verdict
+from lace_lightning.traces.reading import write_traces
 from lace_lightning.tracking import MLflowLogger
 from lace_lightning.tracking.logger import PARENT_RUN
 from lace_lightning.tracking.note import NOTE, differences
@@ -31,7 +32,7 @@ from lace_lightning.tracking.redact import HIDDEN
 from lace_lightning.tracking.spool import SpoolReader
 from lace_lightning.tracking.system import SystemMetrics
 from tests.eval_helpers import judged
-from tests.stage_helpers import DECODING, problem_data, quiet_trainer, spec, trace_data
+from tests.stage_helpers import DECODING, UnevenDoors, problem_data, quiet_trainer, spec, trace_data
 from tests.test_tracking import Unreliable, free_port, kill_server, start_server, unreliable  # noqa: F401
 
 
@@ -48,12 +49,14 @@ def run_of(logger: MLflowLogger) -> Run:
     return MlflowClient(logger.tracking_uri).get_run(str(logger.run_id))
 
 
-def fit(logger: MLflowLogger, more: Sequence[Callback] = (), init_from: Sequence[str] = (), **options: Any) -> Path:
+def fit(
+    logger: MLflowLogger, more: Sequence[Callback] = (), init_from: Sequence[str] = (), data: Any = None, **options: Any
+) -> Path:
     """Two steps of SFT; the last checkpoint."""
     callbacks = [ModelCheckpoint(save_last=True), Lineage("lace fit --data.api_key=hush"), *more]
     trainer = quiet_trainer(2, callbacks, logger=logger, enable_checkpointing=True, log_every_n_steps=1, **options)
     module = SupervisedFinetuning(spec(), validation=DECODING, init_from=init_from)
-    trainer.fit(module, datamodule=trace_data())
+    trainer.fit(module, datamodule=data or trace_data())
     return Path(trainer.checkpoint_callback.last_model_path)  # type: ignore[union-attr]
 
 
@@ -82,6 +85,33 @@ def test_a_validation_leads_to_the_checkpoint_config_and_commit_that_it_is_of(ur
     found = {metric.key: (metric.value, metric.run_id) for metric in model.metrics}
     assert found["train/loss"] == (run_of(trained).data.metrics["train/loss"], trained.run_id)
     assert found["val/acc"] == (run.data.metrics["val/acc"], validated.run_id)
+
+
+def test_weights_name_the_task_the_traces_and_their_card(uri: str, tmp_path: Path) -> None:
+    logger, traces = make_logger(uri, tmp_path), tmp_path / "synth" / "traces.jsonl"
+    traces.parent.mkdir()
+    write_traces([UnevenDoors().trace(index, 3) for index in range(4)], traces)
+    (traces.parent / "card.md").write_text("# A card")
+    fit(logger, data=trace_data(traces=str(traces)))
+    client = MlflowClient(uri)
+    [output] = run_of(logger).outputs.model_outputs
+    tags = client.get_logged_model(output.model_id).tags
+    assert tags["data.task"] == "UnevenDoors" and tags["data.traces"] == str(traces)
+    assert tags["data.card"] == f"runs:/{logger.run_id}/data/card.md"
+    assert Path(client.download_artifacts(str(logger.run_id), "data/card.md")).read_text() == "# A card"
+
+
+def test_an_evaluation_of_one_model_is_shown_with_its_weights(uri: str, tmp_path: Path) -> None:
+    trained = make_logger(uri, tmp_path)
+    fit(trained)
+    for is_of_one in (True, False):
+        other = make_logger(uri, tmp_path)
+        other.use_weights([str(trained.run_id)], evaluates=is_of_one)
+        other.log_metrics({f"eval/doors/lace/acc{is_of_one}": 0.5})
+        other.finalize("success")
+    [output] = run_of(trained).outputs.model_outputs
+    shown = {metric.key for metric in MlflowClient(uri).get_logged_model(output.model_id).metrics}
+    assert "eval/doors/lace/accTrue" in shown and "eval/doors/lace/accFalse" not in shown
 
 
 def test_linking_metrics_to_weights_adds_nothing_to_the_runs_history(uri: str, tmp_path: Path) -> None:
@@ -183,7 +213,7 @@ def test_rollouts_are_traces_with_the_parts_of_their_reward(uri: str, tmp_path: 
     logger = make_logger(uri, tmp_path)
     rewards = [AccuracyReward(), DiversityReward(NgramEmbedder(), weight=0.1)]
     module: ThreadedModule = LatticeGRPO(spec(), rollout=DECODING, groups_per_problem=2, rewards=rewards)
-    trainer = quiet_trainer(1, [GroupTraces(max_groups=1)], logger=logger, log_every_n_steps=1)
+    trainer = quiet_trainer(1, [GroupTraces(max_groups=1, every_n_steps=1)], logger=logger)
     trainer.fit(module, datamodule=problem_data())
     client = MlflowClient(uri)
     [trace] = client.search_traces(locations=[run_of(logger).info.experiment_id], run_id=logger.run_id)
@@ -195,7 +225,7 @@ def test_rollouts_are_traces_with_the_parts_of_their_reward(uri: str, tmp_path: 
 def test_an_exchange_that_records_no_gates_has_traces_without_them(uri: str, tmp_path: Path) -> None:
     logger = make_logger(uri, tmp_path)
     module: ThreadedModule = LatticeGRPO(spec(SameStepConfig(width=8, heads=2)), rollout=DECODING, groups_per_problem=2)
-    trainer = quiet_trainer(1, [GroupTraces(max_groups=1)], logger=logger, log_every_n_steps=1)
+    trainer = quiet_trainer(1, [GroupTraces(max_groups=1, every_n_steps=1)], logger=logger)
     trainer.fit(module, datamodule=problem_data())
     client = MlflowClient(uri)
     [trace] = client.search_traces(locations=[run_of(logger).info.experiment_id], run_id=logger.run_id)

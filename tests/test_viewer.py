@@ -190,6 +190,13 @@ def test_a_block_holds_the_tokens_plane_by_plane():
     assert at == len(planes)
 
 
+def test_reads_of_more_threads_than_a_byte_can_name_are_left_out():
+    one = passage(0, ["a", "b"], reads=[[(254, 0, 0.5), (255, 0, 0.4)], [(300, 1, 0.5)]])
+    planes = np.frombuffer(zlib.decompress(base64.b64decode(block_of([one], lambda text: 0)), -15), dtype=np.uint8)
+    first, second = (planes[12 + 8 * rank : 20 + 8 * rank].reshape(4, 2) for rank in range(2))
+    assert first[0].tolist() == [255, 0] and second[0].tolist() == [0, 0] and not second[3].any()
+
+
 def test_only_the_tokens_that_spell_the_answer_are_marked_as_it():
     """The last place in the assessment where it stands, and no token that only touches it."""
     pieces = ["13", ";", "13", " or", ":", "1", "3", ".", "[[best]]"]
@@ -329,16 +336,20 @@ def test_view_makes_the_page_of_a_folder_and_opens_it(evaluated, opened, capsys)
     assert data["title"] == "toy" and [row["id"] for row in data["rows"]] == ["a", "b"]
     assert main(["view", str(evaluated / "outcomes.jsonl"), "--no-open", "--out", str(evaluated / "x.html")]) == 0
     assert len(opened) == 1 and (evaluated / "x.html").read_text() == (evaluated / "viewer.html").read_text()
-    assert capsys.readouterr().out.splitlines()[-1] == str(evaluated / "x.html")
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1] == str(evaluated / "x.html")
+    assert f"lace eval report {evaluated}\n" in printed.err
 
 
-def test_view_opens_the_newest_samples_of_a_run(tmp_path, opened):
+def test_view_opens_the_newest_samples_of_a_run(tmp_path, opened, capsys):
     (tmp_path / "samples").mkdir()
     for age, name in enumerate(("val", "train")):
         (tmp_path / f"samples/{name}.html").write_text("x")
         os.utime(tmp_path / f"samples/{name}.html", (1000 - age, 1000 - age))
     assert main(["view", str(tmp_path)]) == 0
+    (tmp_path / "config.yaml").touch()
     assert main(["view", str(tmp_path / "samples/train.html")]) == 0
+    assert f"lace generate --run {tmp_path} --problem 0" in capsys.readouterr().err
     assert [Path(address).name for address in opened] == ["val.html", "train.html"]
 
 

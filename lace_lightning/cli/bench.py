@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
@@ -249,6 +250,7 @@ def _plot(given: argparse.Namespace) -> int:
     figures = draw(results, given.docs / "figures")
     tables = update(given.docs / "performance.md", results, figures)
     print(f"{len(results.records)} results: {len(tables)} tables, figures: {', '.join(map(str, figures)) or 'none'}")
+    say_next(("see what changed", f"git diff --stat {shlex.quote(str(given.docs))}"))
     return 0
 
 

@@ -95,8 +95,8 @@ def _introduction(options: LaneOptions) -> str:
     return (
         "[bold]doors[/bold]: a prize behind one of 8 doors, 4 threads with 2 tries each.\n"
         "Threads that cannot read each other find it together at most 68.4 % of the time,\n"
-        "whatever they compute: 1 − (1 − 2/8)⁴, a theorem (docs/puzzles.md). More than that\n"
-        "is information that passed between threads.\n"
+        "whatever they compute: 1 − (1 − 2/8)⁴, a theorem (docs/puzzles.md).\n"
+        "More than that is information that passed between threads.\n"
         f"Weights, numbers and logs go to {options.folder}, MLflow's runs to runs/.\n"
     )
 

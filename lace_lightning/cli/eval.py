@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from lace_lightning.evaluation.spec import EvaluationSpec
+    from lace_lightning.evaluation.summary import BenchmarkSummary
 
 PIPE_WIDTH = 140
 """Columns where the output is no terminal."""
@@ -59,7 +60,7 @@ def _evaluate(argv: Sequence[str]) -> int:
     spec, meanings = parse(settings)
     try:
         _check_tracking(spec)
-        return _run(spec, meanings, settings)
+        return _run(spec, meanings, settings, f"lace eval {shlex.join(argv)}")
     except TrackingError as error:
         return explain(error)
     except KeyboardInterrupt:
@@ -84,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(spec: EvaluationSpec, meanings: dict[str, Any], settings: dict[str, Any]) -> int:
+def _run(spec: EvaluationSpec, meanings: dict[str, Any], settings: dict[str, Any], command: str) -> int:
     from lace_lightning.evaluation.spec import evaluate
     from lace_lightning.tracking.redact import redact
 
@@ -96,8 +97,19 @@ def _run(spec: EvaluationSpec, meanings: dict[str, Any], settings: dict[str, Any
 
         kept: Any = redact(meanings)
         evaluate(spec, kept, start)
-    num_failures = _render(Path(spec.output), None, log=(spec, settings))
+    num_failures = _render(Path(spec.output), None, lambda summaries: _log(summaries, spec, settings, command))
     return 1 if num_failures else 0
+
+
+def _log(summaries: Sequence[BenchmarkSummary], spec: EvaluationSpec, settings: dict[str, Any], command: str) -> None:
+    """Put the evaluation into MLflow, if it is tracked."""
+    if spec.tracking is None:
+        return
+    from lace_lightning.tracking.outcome_traces import log_evaluation
+
+    is_of_one = len(spec.policies) == 1
+    run_id = log_evaluation(spec.output, summaries, spec.tracking, settings, command, _writers(spec), is_of_one)
+    print(f"MLflow run {run_id} in experiment {spec.tracking.experiment!r}")
 
 
 def _progress() -> Progress:
@@ -142,7 +154,7 @@ def _report(argv: Sequence[str]) -> int:
     return 0
 
 
-def _render(folder: Path, reference: str | None, log: tuple[EvaluationSpec, dict[str, Any]] | None = None) -> int:
+def _render(folder: Path, reference: str | None, log: Callable[[list[BenchmarkSummary]], None] | None = None) -> int:
     """Print the tables, write them and the viewer's page into the folder; returns how many failed."""
     from rich.console import Console
 
@@ -172,19 +184,12 @@ def _render(folder: Path, reference: str | None, log: tuple[EvaluationSpec, dict
         console.print(
             f"{len(failures)} outcomes failed (errors.jsonl); the same command tries them again", markup=False
         )
-    console.print(f"next: lace view {folder}", soft_wrap=True, markup=False)
-    if log is not None and log[0].tracking is not None:
-        from lace_lightning.tracking.outcome_traces import log_evaluation
-
-        run_id = log_evaluation(
-            folder, summaries, log[0].tracking, log[1], f"lace eval {shlex.join(sys.argv[2:])}", _writers(log[0])
-        )
-        console.print(f"MLflow run {run_id} in experiment {log[0].tracking.experiment!r}", markup=False)
+    if log is not None:
+        log(summaries)
+    place = shlex.quote(str(folder))
     say_next(
-        (
-            "these tables again",
-            f"lace eval report {shlex.quote(str(folder))}",
-        ),
+        ("look at the threads of every problem", f"lace view {place}"),
+        ("these tables again, compared with another method", f"lace eval report {place} --reference METHOD"),
         ("browse runs and traces in MLflow", "lace ui"),
     )
     return len(failures)

@@ -17,8 +17,10 @@ from lace_lightning.cli.next_steps import say_next
 if TYPE_CHECKING:
     from lace_lightning.cli.panes import PaneView
     from lace_lightning.cli.plain import PlainView
+    from lace_lightning.cli.shading import Shading
     from lace_lightning.cli.sources import Request
     from lace_lightning.cli.transcript import Transcript
+    from lace_lightning.decoding import Column
 
 INTERRUPTED = 130
 """Exit code that shells give to a command ended by Ctrl-C."""
@@ -114,29 +116,45 @@ def _play(request: Request, plain: bool) -> int:
     from lace_lightning.cli.outcome import Outcome
     from lace_lightning.cli.transcript import State, Transcript
     from lace_lightning.decoding import to_groups
-    from lace_lightning.evaluation.inspection import look
 
     prompt, environment, decoder = request.prompt_ids(), request.environment(), request.decoder()
     transcript = Transcript(request.num_threads, request.tokenizer, decoder.rules.eos_ids)
     with _view(transcript, request.problem.text, plain) as view:
+        shading = _shading(request, prompt, transcript) if view.has_shades else None
+
+        def follow(column: Column) -> None:
+            ended = transcript.add(column)
+            if shading is not None:
+                shading.add(column)
+            view.update(ended)
+
         try:
-            rollout = decoder.decode(
-                [prompt],
-                request.num_threads,
-                [request.seed],
-                environment,
-                on_column=lambda column: view.update(transcript.add(column)),
-            )
+            rollout = decoder.decode([prompt], request.num_threads, [request.seed], environment, on_column=follow)
         except KeyboardInterrupt:
             view.update(transcript.close(State.INTERRUPTED))
             view.finish(None)
             return INTERRUPTED
         view.update(transcript.close(State.LIMIT))
+        if shading is not None:
+            shading.finish()
         [group] = to_groups(rollout, [request.problem], [request.seed], request.tokenizer, request.template)
-        if (looked := look(request.model, rollout, [group])) is not None:
-            transcript.shade([looked.gates_at(0, n, thread) for n, thread in enumerate(group.threads)])
         view.finish(Outcome(group, request.judge(group)))
     return 0
+
+
+def _shading(request: Request, prompt: Sequence[int], transcript: Transcript) -> Shading | None:
+    """What reads the gates; None if the threads are isolated."""
+    import torch
+
+    from lace_lightning.cli.shading import Shading
+    from lace_lightning.decoding.gates import GateReader
+
+    if not request.model.exchanges:
+        return None
+    ids = torch.tensor([prompt], device=next(request.model.parameters()).device)
+    return Shading(
+        transcript, GateReader(request.model, ids, torch.ones_like(ids, dtype=torch.bool), request.num_threads)
+    )
 
 
 def _view(transcript: Transcript, problem: str, plain: bool) -> PaneView | PlainView:

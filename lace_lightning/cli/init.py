@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from lace_lightning.cli.main import explain
+from lace_lightning.cli.next_steps import say_next
 from lace_lightning.cli.shipped import SHIPPED
 
 
@@ -22,6 +24,7 @@ def run(argv: Sequence[str]) -> int:
         return explain(ValueError(f"{target} exists already and is left as it is: choose another DIR, or move it away"))
     except OSError as error:
         return explain(error)
-    print(f"Copied the shipped configs to {target}. Commands given in {target.parent} use them:")
-    print("  lace fit --config configs/demo/base.yaml --config configs/demo/sft.yaml")
+    print(f"Copied the shipped configs to {target}. Commands given in {target.parent} use them.")
+    train = "lace fit --config configs/demo/base.yaml --config configs/demo/sft.yaml"
+    say_next(("train a first stage", f"cd {shlex.quote(str(target.parent))} && {train}"))
     return 0

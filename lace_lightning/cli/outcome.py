@@ -21,11 +21,6 @@ class Outcome:
     group: Group
     verdicts: Sequence[Verdict] | None = None
 
-    @property
-    def winner(self) -> int | None:
-        """Index of the one thread tagged ``[[best]]``; None if the tags are not valid."""
-        return self.group.tags.index(Tag.BEST) if self.group.has_valid_tags else None
-
     def of_thread(self, index: int) -> str:
         """Tag, answer and verdict of one thread."""
         thread = self.group.threads[index]
@@ -37,9 +32,9 @@ class Outcome:
 
     def sentence(self) -> str:
         """Which thread won with which answer, or why none did."""
-        if self.winner is None:
+        if self.group.best_index is None:
             return f"no winner, the tags are not valid: {why_invalid(self.group.tags)}"
-        return f"winner: thread {self.winner} ({self.of_thread(self.winner)})"
+        return f"winner: thread {self.group.best_index} ({self.of_thread(self.group.best_index)})"
 
 
 def why_invalid(tags: Sequence[Tag | None]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import HEAVY, ROUNDED
@@ -31,7 +31,7 @@ MAX_DRAWING_SHARE = 0.1
 
 FORCED_STYLE = "italic yellow"
 SHADE_STYLES = ("", "on grey15", "on grey23", "on grey30", "on grey37")
-"""Of gates from closed to open; the final panes show them, when the whole group has been read once more."""
+"""From the least open gates of the group to the most open ones."""
 TAG_STYLES = {Tag.BEST: "bold green", Tag.SUCCESS: "bold cyan", Tag.FAIL: "bold red"}
 STATE_STYLES = {
     State.WRITING: "cyan",
@@ -47,6 +47,8 @@ class PaneView:
 
     A context manager: inside it the panes are on the screen, and the cursor comes back however it is left.
     """
+
+    has_shades = True
 
     def __init__(self, transcript: Transcript, problem: str, console: Console) -> None:
         self._transcript, self._problem, self._console = transcript, problem, console
@@ -80,9 +82,8 @@ def growing(transcript: Transcript, problem: str, console: Console) -> Group:
     rows = _rows(transcript.num_threads, console.width)
     height = max((console.height - 2) // len(rows), FRAME_HEIGHT + 1)
     width = console.width // len(rows[0]) - FRAME_WIDTH
-    heading = Text(
-        f"t = {transcript.num_columns - 1}  {one_line(problem)}", style="bold", no_wrap=True, overflow="ellipsis"
-    )
+    heading = Text(f"t = {transcript.num_columns - 1}  ", style="bold", no_wrap=True, overflow="ellipsis")
+    heading.append_text(_legend(transcript)).append(one_line(problem))
     lines = height - FRAME_HEIGHT
     panes = [
         _pane(transcript, index, _last_lines(transcript.spans(index), width, lines, console), lines)
@@ -101,7 +102,19 @@ def complete(transcript: Transcript, problem: str, outcome: Outcome | None, cons
         tallest = max(len(texts[index]) for index in row)
         panes += [_pane(transcript, index, texts[index], tallest, outcome) for index in row]
     heading = Text(printable(problem), style="bold")
-    return Group(heading, _grid(panes, rows), _verdict(outcome))
+    return Group(heading, _grid(panes, rows), _legend(transcript).append_text(_verdict(outcome)))
+
+
+def _legend(transcript: Transcript) -> Text:
+    """Which gates the shades stand for; empty where none are known."""
+    legend = Text()
+    if transcript.gate_range is not None:
+        least, most = transcript.gate_range
+        legend.append(f"gate {least:.2f} ", style="dim")
+        for style in SHADE_STYLES:
+            legend.append(" ", style=style)
+        legend.append(f" {most:.2f}  ", style="dim")
+    return legend
 
 
 def _rows(num_threads: int, width: int) -> list[range]:
@@ -124,7 +137,7 @@ def _grid(panes: Sequence[Panel], rows: Sequence[Sequence[int]]) -> Table:
 def _pane(
     transcript: Transcript, index: int, lines: Sequence[Text], height: int, outcome: Outcome | None = None
 ) -> Panel:
-    is_winner = outcome is not None and outcome.winner == index
+    is_winner = outcome is not None and outcome.group.best_index == index
     style = "bold green" if is_winner else STATE_STYLES[transcript.state(index)]
     title = Text(f"★ thread {index} wins" if is_winner else f"thread {index}", style=style)
     below = outcome.of_thread(index) if outcome else transcript.status(index)
@@ -138,7 +151,7 @@ def _pane(
     )
 
 
-def _styled(spans: Sequence[Span]) -> Text:
+def _styled(spans: Iterable[Span]) -> Text:
     """Text in which nothing is markup: words of the environment in their own style, tags in their colours."""
     text = Text()
     for span in spans:
@@ -155,12 +168,20 @@ def _tagged(text: Text) -> Text:
 def _last_lines(spans: Sequence[Span], width: int, height: int, console: Console) -> list[Text]:
     """The last lines of a thread as they stand in its pane.
 
-    Only the end of a long text is wrapped. Where it begins moves in steps of a whole pane, so that the lines on the
-    screen do not flow anew with every token.
+    Only the end of a long text is styled and wrapped. Where it begins moves in steps of a whole pane, so that the lines
+    on the screen do not flow anew with every token.
     """
-    text = _styled(spans)
     area = width * height
-    return _wrap(text[max(0, len(text) // area - 1) * area :], width, console)[-height:]
+    start = max(0, sum(len(span.text) for span in spans) // area - 1) * area
+    return _wrap(_styled(_from(start, spans)), width, console)[-height:]
+
+
+def _from(start: int, spans: Sequence[Span]) -> Iterator[Span]:
+    """The spans from that character of their joint text on."""
+    for span in spans:
+        if start < len(span.text):
+            yield span._replace(text=span.text[start:])
+        start = max(0, start - len(span.text))
 
 
 def _wrap(text: Text, width: int, console: Console) -> list[Text]:
@@ -170,4 +191,4 @@ def _wrap(text: Text, width: int, console: Console) -> list[Text]:
 def _verdict(outcome: Outcome | None) -> Text:
     if outcome is None:
         return Text("interrupted: no winner", style="bold red")
-    return Text(outcome.sentence(), style="bold red" if outcome.winner is None else "bold green")
+    return Text(outcome.sentence(), style="bold red" if outcome.group.best_index is None else "bold green")

@@ -18,6 +18,8 @@ class PlainView:
     The same group gives the same bytes. A context manager, like :class:`~lace_lightning.cli.panes.PaneView`.
     """
 
+    has_shades = False
+
     def __init__(self, transcript: Transcript, problem: str) -> None:
         self._transcript, self._problem = transcript, problem
 

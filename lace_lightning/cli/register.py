@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lace_lightning.cli.main import MISTAKE, explain
+from lace_lightning.cli.next_steps import say_next
 
 
 def run(argv: Sequence[str]) -> int:
@@ -25,9 +26,9 @@ def run(argv: Sequence[str]) -> int:
         return explain(error)
     print(
         f"{given.name} version {version} is registered, with an input example. Load it anywhere:\n"
-        f"  mlflow.pyfunc.load_model({uri!r}).predict([{{'text': …}}], params={{'seed': 0}})\n"
-        "See it: lace ui, page Models."
+        f"  mlflow.pyfunc.load_model({uri!r}).predict([{{'text': …}}], params={{'seed': 0}})"
     )
+    say_next(("see it in MLflow, page Models", "lace ui"))
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 import time
@@ -12,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from lace_lightning.cli.main import INTERRUPTED, explain
+from lace_lightning.cli.next_steps import say_next
 
 if TYPE_CHECKING:
     from lace_lightning.sweep.plan import Trial
@@ -38,7 +40,9 @@ def run(argv: Sequence[str]) -> int:
     try:
         sweep = read_sweep(given.file)
         if given.dry_run:
-            return _dry_run(sweep)
+            code = _dry_run(sweep)
+            say_next(("run it", f"lace sweep {shlex.quote(given.file)}"))
+            return code
         return _run(sweep, given)
     except (ValueError, OSError, TrackingError) as error:
         return explain(error)
@@ -119,7 +123,8 @@ def _run(sweep: SweepSpec, given: argparse.Namespace) -> int:
             result = runner.run()
     except KeyboardInterrupt:
         runner.write()
-        print(f"\nlace sweep: stopped; the same command goes on from what is in {runner.folder}", file=sys.stderr)
+        print(f"\nlace sweep: stopped; what was done so far is in {runner.folder}", file=sys.stderr)
+        say_next(("go on from there", f"lace sweep {shlex.quote(given.file)}"))
         return INTERRUPTED
     _show(result, runner)
     return 1 if result.failures or result.num_open else 0
@@ -135,8 +140,19 @@ def _show(result: Result, runner: Runner) -> None:
     for line in notes(result):
         console.print(line, markup=False, soft_wrap=True)
     console.print(f"\nreport.md, report.csv and report.png are in {runner.folder}", soft_wrap=True)
+    say_next(*_next(result, runner))
+
+
+def _next(result: Result, runner: Runner) -> Iterator[tuple[str, str]]:
+    again = f"lace sweep {shlex.quote(runner.options.source)}"
+    if result.num_open:
+        yield "go on with the trials that are open", again
     if result.failures:
-        console.print(f"next: lace sweep {runner.options.source} --retry-failed", markup=False)
+        yield "run again what failed", f"{again} --retry-failed"
+    if result.rows and (outcomes := runner.outcomes_of(result.rows[-1].measured.point)) is not None:
+        yield "look at the threads of the last row", f"lace view {shlex.quote(str(outcomes))}"
+    if result.sweep.tracking is not None:
+        yield "browse the trials in MLflow", "lace ui"
 
 
 def _tell(message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,9 @@ def run(argv: Sequence[str]) -> int:
     left = sum(bool(result.problem) for result in results)
     print(f"{len(results) - left} of {len(results)} runs are complete in MLflow.")
     if left:
-        say_next(("when the server answers again, or the runs have ended", f"lace sync {arguments.folder}"))
+        say_next(
+            ("when the server answers again, or the runs have ended", f"lace sync {shlex.quote(str(arguments.folder))}")
+        )
     else:
         say_next(("browse the runs in MLflow", "lace ui"))
     return 1 if left else 0

@@ -108,6 +108,7 @@ def _report(argv: Sequence[str]) -> int:
     if given.run is not None or given.config is not None:
         statistics["cross_ratio"] = _cross_ratio(given, traces)
     print(json.dumps(statistics, indent=1) if given.json else _page(statistics))
+    say_next(("train on these traces", f"lace fit … --data.traces={shlex.quote(given.file)}"))
     return 0
 
 

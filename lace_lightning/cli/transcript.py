@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from os.path import commonprefix
 from typing import TYPE_CHECKING, NamedTuple
+
+from lace_lightning.decoding.spelling import Speller
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
     from lace_lightning.decoding import Column
 
 SHADES = 5
-MAX_SHADED_TOKENS = 1024
-"""Longer threads are not shaded: each change of shade spells the thread anew."""
 REPLACEMENT = "\ufffd"
 
 
@@ -42,14 +41,23 @@ class Span(NamedTuple):
 
 @dataclass
 class _Thread:
+    speller: Speller
+    pieces: list[str] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     forced: list[bool] = field(default_factory=list)
     shades: list[int] = field(default_factory=list)
     state: State = State.WRITING
 
-    def kind(self, turn: int) -> tuple[bool, int]:
-        """Who wrote a token, and its shade."""
-        return self.forced[turn], self.shades[turn]
+    def add(self, token: int, is_forced: bool) -> None:
+        self.ids.append(token)
+        self.pieces.append(self.speller.add(token))
+        self.forced.append(is_forced)
+        self.shades.append(0)
+
+    def end(self, state: State) -> None:
+        self.state = state
+        if self.pieces:
+            self.pieces[-1] += self.speller.rest()
 
 
 class Transcript:
@@ -59,12 +67,15 @@ class Transcript:
         num_threads: N.
         tokenizer: spells the tokens, special ones left out as in :class:`~lace_lightning.decoding.Thread`.
         eos_ids: tokens that end a thread.
+
+    ``gate_range`` is the least and the most gate that was noted, if any.
     """
 
     def __init__(self, num_threads: int, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> None:
         self._tokenizer, self._eos_ids = tokenizer, frozenset(eos_ids)
-        self._threads = [_Thread() for _ in range(num_threads)]
+        self._threads = [_Thread(Speller(self._spell)) for _ in range(num_threads)]
         self.num_columns = 0
+        self.gate_range: tuple[float, float] | None = None
 
     @property
     def num_threads(self) -> int:
@@ -80,11 +91,9 @@ class Transcript:
                 continue
             thread.state = State.WRITING if written else State.WAITING
             if written:
-                thread.ids.append(token)
-                thread.forced.append(forced)
-                thread.shades.append(0)
+                thread.add(token, forced)
                 if token in self._eos_ids:
-                    thread.state = State.ENDED
+                    thread.end(State.ENDED)
                     ended.append(index)
         return ended
 
@@ -92,14 +101,20 @@ class Transcript:
         """Note why threads that have not ended go no further; returns them."""
         stopped = [index for index, thread in enumerate(self._threads) if thread.state is not State.ENDED]
         for index in stopped:
-            self._threads[index].state = state
+            self._threads[index].end(state)
         return stopped
 
     def shade(self, gates: Sequence[Sequence[float]]) -> None:
-        """Note the mean gate, 0 … 1, at every token of every thread."""
+        """Note the mean gate, 0 … 1, at the first tokens of every thread, as far as it is known.
+
+        Shades run from the least to the most of these (``gate_range``): a model uses but a part of 0 … 1.
+        """
+        known = [value for values in gates for value in values]
+        least, most = self.gate_range = (min(known), max(known))
+        width = most - least
         for thread, values in zip(self._threads, gates, strict=True):
-            if len(values) == len(thread.ids) <= MAX_SHADED_TOKENS:
-                thread.shades = [min(SHADES - 1, int(value * SHADES)) for value in values]
+            steps = [(value - least) / width if width else value for value in values]
+            thread.shades[: len(values)] = [min(SHADES - 1, int(step * SHADES)) for step in steps]
 
     def state(self, index: int) -> State:
         return self._threads[index].state
@@ -119,19 +134,16 @@ class Transcript:
         return text.rstrip(REPLACEMENT) if thread.state in (State.WRITING, State.WAITING) else text
 
     def spans(self, index: int) -> list[Span]:
-        """:meth:`text`, cut where thread and environment take turns or the shade changes.
+        """The thread's text so far, cut where thread and environment take turns or the shade changes.
 
         A space between two pieces counts to the second.
         """
-        thread, text = self._threads[index], self.text(index)
-        spans, start = [], 0
-        for turn in range(1, len(thread.ids) + 1):
-            is_last = turn == len(thread.ids)
-            if is_last or thread.kind(turn) != thread.kind(turn - 1):
-                before = text if is_last else commonprefix([text, self._spell(thread.ids[:turn])])
-                end = max(start, len(before))
-                spans.append(Span(text[start:end], *thread.kind(turn - 1)))
-                start = end
+        thread, spans = self._threads[index], list[Span]()
+        for piece, is_forced, shade in zip(thread.pieces, thread.forced, thread.shades, strict=True):
+            if spans and spans[-1][1:] == (is_forced, shade):
+                spans[-1] = Span(spans[-1].text + piece, is_forced, shade)
+            elif piece:
+                spans.append(Span(piece, is_forced, shade))
         return spans
 
     def _spell(self, ids: list[int]) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
 from lace_lightning.cli.main import explain
+from lace_lightning.cli.next_steps import say_next
 
 _SAMPLES = "samples/*.html"
 
@@ -22,7 +24,19 @@ def run(argv: Sequence[str]) -> int:
     print(page)
     if not given.no_open and not webbrowser.open(page.resolve().as_uri()):
         print("no browser was found: open the file in one; it needs no network and no server")
+    say_next(*_next(given.place))
     return 0
+
+
+def _next(place: Path) -> list[tuple[str, str]]:
+    from lace_lightning.evaluation.store import OUTCOMES
+
+    folder = place.parent if place.name == OUTCOMES else place
+    if (folder / OUTCOMES).is_file():
+        return [("the numbers of the same outcomes", f"lace eval report {shlex.quote(str(folder))}")]
+    run = next((part for part in (folder, *folder.parents[:2]) if (part / "config.yaml").is_file()), None)
+    watch = [] if run is None else [("watch a group write", f"lace generate --run {shlex.quote(str(run))} --problem 0")]
+    return [*watch, ("measure methods on many problems", "lace eval --help")]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -40,6 +40,11 @@ class Rollout:
         chosen[..., : self.prompt_length] = False
         return chosen
 
+    def part(self, groups: slice) -> Rollout:
+        """Some of the groups, on the same lattice."""
+        tensors = {name: value[groups] for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return Rollout(**tensors, prompt_length=self.prompt_length)
+
 
 def join_rollouts(rollouts: Sequence[Rollout], pad_id: int) -> Rollout:
     """One rollout of all groups in order: prompts padded on the left, responses on the right.
@@ -121,6 +126,11 @@ class Group:
         return None not in self.tags and self.tags.count(Tag.BEST) == 1
 
     @property
+    def best_index(self) -> int | None:
+        """Index of the one thread tagged ``[[best]]``; None if the group's tags are not valid."""
+        return self.tags.index(Tag.BEST) if self.has_valid_tags else None
+
+    @property
     def best(self) -> Thread | None:
         """The one thread tagged ``[[best]]``; None if the group's tags are not valid."""
-        return self.threads[self.tags.index(Tag.BEST)] if self.has_valid_tags else None
+        return None if self.best_index is None else self.threads[self.best_index]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from lace_lightning.lattice import Lattice, LatticeCache
+from lace_lightning.lattice import Lattice, LatticeCache, Reading
 from lace_lightning.threaded_lm import ThreadedLM
 
 
@@ -34,18 +34,33 @@ class PlainSteps:
 
     def step(self, tokens: Tensor, written: Tensor) -> Tensor:
         """Feed one column (B, N) of tokens; returns (B, N, V) float32 logits, undefined where nothing was written."""
-        self._mask = torch.cat([self._mask, written.reshape(-1, 1)], dim=1)
+        logits = self._forward(tokens.reshape(-1, 1), *self._follow(written[..., None]))
+        return logits.view(self._batch, self._num_threads, -1)
+
+    def read(self, tokens: Tensor, written: Tensor) -> list[Reading]:
+        """Feed some columns (B, N, columns) at once and record what the lattice layers do with them."""
+        mask, lattice = self._follow(written)
+        lattice.readings = []
+        self._run(tokens.flatten(0, 1), mask, lattice)
+        return lattice.readings
+
+    def _follow(self, written: Tensor) -> tuple[Tensor, Lattice]:
+        """The mask (rows, all columns so far) and the lattice of the next columns (B, N, columns)."""
+        self._mask = torch.cat([self._mask, written.flatten(0, 1)], dim=1)
         lattice = Lattice(
             self._model.exchange_at,
-            written[..., None],
+            written,
             first_time=self._time,
             cache=self._lattice_cache,
             prompt=self._prompt_mask,
         )
-        self._time += 1
-        return self._forward(tokens.reshape(-1, 1), self._mask, lattice).view(self._batch, self._num_threads, -1)
+        self._time += written.shape[-1]
+        return self._mask, lattice
 
     def _forward(self, ids: Tensor, mask: Tensor, lattice: Lattice | None) -> Tensor:
         """(rows, V) float32 logits of the last of these columns."""
-        hidden = self._model.run(ids, mask, lattice, past_key_values=self._cache, use_cache=True)
-        return self._model.head(hidden[:, -1]).float()
+        return self._model.head(self._run(ids, mask, lattice)[:, -1]).float()
+
+    def _run(self, ids: Tensor, mask: Tensor, lattice: Lattice | None) -> Tensor:
+        """(rows, columns, D) hidden states of these columns."""
+        return self._model.run(ids, mask, lattice, past_key_values=self._cache, use_cache=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 _CONTEXT = 8
 """Tokens that are spelled before a token, for the spaces and characters that tokens share."""
@@ -12,25 +12,53 @@ _PARTIAL = "\ufffd"
 """How tokenizers spell a character of which only some bytes have come."""
 
 
-def pieces_of(ids: Sequence[int], spell: Callable[[list[int]], str]) -> tuple[str, ...]:
-    """The text that each token adds to that of the tokens before it; together the text of all of them.
+class Speller:
+    """Spells one thread token by token, in time that does not grow with its length.
 
     A character whose bytes are spread over several tokens stands at the last of them.
+
+    Args:
+        spell: token ids as text: the tokenizer's ``decode``.
+    """
+
+    def __init__(self, spell: Callable[[list[int]], str]) -> None:
+        self._spell = spell
+        self._ids: list[int] = []
+        self._text = ""  # of these ids
+        self._told = ""  # so much of it has been returned
+
+    def add(self, token: int) -> str:
+        """The text that one more token adds to that of the tokens before it."""
+        if len(self._ids) == _STRIDE:
+            # What is still to come of a character is no part of the text so far.
+            pending = len(self._text) - len(self._told)
+            self._ids = self._ids[-_CONTEXT:]
+            text = self._spell(self._ids)
+            self._told = text[: len(text) - pending]
+        self._ids.append(token)
+        self._text = self._spell(self._ids)
+        return self._tell(self._text.rstrip(_PARTIAL))
+
+    def rest(self) -> str:
+        """What was held back of a character that never came whole; for the end of the thread."""
+        return self._tell(self._text)
+
+    def _tell(self, text: str) -> str:
+        piece = text[len(self._told) :]
+        if piece:
+            self._told = text
+        return piece
+
+
+def pieces_of(ids: Iterable[int], spell: Callable[[list[int]], str]) -> tuple[str, ...]:
+    """The text that each token adds to that of the tokens before it; together the text of all of them.
 
     Args:
         ids: token ids of one thread.
         spell: token ids as text: the tokenizer's ``decode``.
     """
-    ids, pieces = list(ids), []
-    start, before = 0, ""
-    for end in range(1, len(ids) + 1):
-        if end - start > _STRIDE:
-            # What is still to come of a character is no part of the text so far.
-            start, pending = end - 1 - _CONTEXT, len(spell(ids[start : end - 1])) - len(before)
-            before = spell(ids[start : end - 1])
-            before = before[: len(before) - pending]
-        text = spell(ids[start:end])
-        whole = text if end == len(ids) else text.rstrip(_PARTIAL)
-        pieces.append(whole[len(before) :])
-        before = whole if len(whole) > len(before) else before
+    speller = Speller(spell)
+    pieces = [speller.add(token) for token in ids]
+    if pieces:
+        pieces[-1] += speller.rest()
     return tuple(pieces)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lace_lightning.decoding.gates import GateReader
 from lace_lightning.decoding.group import Group, Rollout, Thread
 from lace_lightning.decoding.segments import Segmenter
 from lace_lightning.decoding.spelling import pieces_of
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK = 8
-"""Groups per forward pass: a pass over whole threads needs more memory than decoding them."""
+"""Groups per forward pass."""
 MOST_READS = 3
 """Positions that are kept of all that a token read."""
 SEGMENTS = "-pteag"
@@ -106,23 +107,28 @@ def look(model: ThreadedLM, rollout: Rollout, groups: Sequence[Group], reads: bo
     if not model.exchanges:
         return None
     size = 1 if reads else CHUNK  # the weights of all layers are held at once
-    chunks = [_look(model, rollout, slice(start, start + size), reads) for start in range(0, len(groups), size)]
-    found = [chunk for chunk in chunks if chunk is not None]
+    chunks = [rollout.part(slice(start, start + size)) for start in range(0, len(groups), size)]
+    found = [looked for chunk in chunks if (looked := (_look if reads else _gates)(model, chunk)) is not None]
     if not found:
         return None
     kept = [chunk.reads for chunk in found if chunk.reads is not None]
     return Looked(torch.cat([chunk.gate for chunk in found]), torch.cat(kept) if kept else None)
 
 
-def _look(model: ThreadedLM, rollout: Rollout, rows: slice, reads: bool) -> Looked | None:
-    readings = model.read(
-        rollout.input_ids[rows], rollout.attention_mask[rows], rollout.prompt_length, keep_weights=reads
-    )
+def _look(model: ThreadedLM, rollout: Rollout) -> Looked | None:
+    readings = model.read(rollout.input_ids, rollout.attention_mask, rollout.prompt_length, keep_weights=True)
     if not readings:
         return None
     columns = rollout.input_ids.shape[-1] - rollout.prompt_length
     gate = torch.stack([reading.gate[..., -columns:].float() for reading in readings]).mean(0)
-    return Looked(gate.cpu(), most_read(readings, columns).cpu() if reads else None)
+    return Looked(gate.cpu(), most_read(readings, columns).cpu())
+
+
+def _gates(model: ThreadedLM, rollout: Rollout) -> Looked | None:
+    ids, mask, start = rollout.input_ids, rollout.attention_mask, rollout.prompt_length
+    reader = GateReader(model, ids[:, 0, :start], mask[:, 0, :start], ids.shape[1])
+    gate = reader.read(ids[..., start:], mask[..., start:])
+    return None if gate is None else Looked(gate.cpu(), None)
 
 
 def most_read(readings: Sequence[Reading], columns: int, most: int = MOST_READS) -> Tensor:

@@ -35,7 +35,7 @@ def figure(result: Result) -> Figure:
         axes.set_ylabel(result.sweep.metric)
     elif kind == "bars":
         axes.set_xlabel(result.sweep.metric)
-    axes.set_title(result.sweep.name)
+    axes.set_title(_plain(result.sweep.name))
     return drawn
 
 
@@ -58,15 +58,17 @@ def _bars(axes: Axes, rows: Sequence[Row]) -> None:
     axes.errorbar(
         [row.metric.value for row in rows], places, xerr=_whiskers(rows), fmt="none", ecolor="black", capsize=3
     )
-    axes.set_yticks(places, [row.measured.label for row in rows])
+    axes.set_yticks(places, [_plain(row.measured.label) for row in rows])
 
 
 def _lines(axes: Axes, rows: Sequence[Row], axis: str) -> None:
     for method in dict.fromkeys(row.measured.method for row in rows):
         own = sorted((row for row in rows if row.measured.method == method), key=lambda row: row.measured.values[axis])
         x = [row.measured.values[axis] for row in own]
-        axes.errorbar(x, [row.metric.value for row in own], yerr=_whiskers(own), marker="o", capsize=3, label=method)
-    axes.set_xlabel(axis)
+        axes.errorbar(
+            x, [row.metric.value for row in own], yerr=_whiskers(own), marker="o", capsize=3, label=_plain(method)
+        )
+    axes.set_xlabel(_plain(axis))
     axes.legend()
 
 
@@ -77,9 +79,9 @@ def _heat_map(axes: Axes, rows: Sequence[Row], down: str, across: str):  # type:
         place = [own.index(spelled(row.measured.values[axis])) for own, axis in zip(names, (down, across), strict=True)]
         values[place[0], place[1]] = row.metric.value
     image = axes.imshow(values, cmap="viridis", aspect="auto")
-    axes.set_yticks(range(len(names[0])), names[0])
-    axes.set_xticks(range(len(names[1])), names[1])
-    axes.set(xlabel=across, ylabel=down)
+    axes.set_yticks(range(len(names[0])), [*map(_plain, names[0])])
+    axes.set_xticks(range(len(names[1])), [*map(_plain, names[1])])
+    axes.set(xlabel=_plain(across), ylabel=_plain(down))
     middle = (np.nanmax(values) + np.nanmin(values)) / 2
     for (row_index, column), value in np.ndenumerate(values):
         colour = "black" if value > middle else "white"
@@ -91,6 +93,11 @@ def _whiskers(rows: Sequence[Row]) -> np.ndarray:
     """(2, R) lengths below and above; 0 where there is no interval."""
     lengths = [[row.metric.value - row.metric.low, row.metric.high - row.metric.value] for row in rows]
     return np.nan_to_num(np.array(lengths).T).clip(min=0)
+
+
+def _plain(text: str) -> str:
+    """Text in which matplotlib finds no formula."""
+    return text.replace("$", r"\$")
 
 
 def _is_number(value: object) -> bool:

@@ -11,6 +11,9 @@ import numpy as np
 from lace_lightning.evaluation.store import read_outcomes
 from lace_lightning.sweep.spec import SweepError, SweepSpec
 
+OUTCOMES = "outcomes"
+"""Folder of ``lace eval`` inside that of a trial's evaluation."""
+
 Outcome = dict[str, Any]
 """``{method: {"problems": [id, …], "values": {statistic: [number, …]}}}`` of one row with one seed."""
 
@@ -24,7 +27,7 @@ def measure(sweep: SweepSpec, folder: Path) -> Outcome:
     names = dict.fromkeys([sweep.metric, *sweep.columns, "tokens", "seconds"])
     found: Outcome = {}
     benchmark = sweep.benchmark
-    for record in read_outcomes(folder / "outcomes"):
+    for record in read_outcomes(folder / OUTCOMES):
         benchmark = benchmark or record.benchmark
         if record.benchmark == benchmark:
             own = found.setdefault(record.method, {"problems": [], "values": {name: [] for name in names}})
@@ -38,8 +41,12 @@ def measure(sweep: SweepSpec, folder: Path) -> Outcome:
 
 
 def value_of(sweep: SweepSpec, outcomes: Sequence[Outcome]) -> float:
-    """The metric of the sweep's method, as mean over seeds of the mean over problems."""
-    return float(np.mean([np.nanmean(array(_of_method(outcome, sweep.method), sweep.metric)) for outcome in outcomes]))
+    """The metric of the sweep's method, as mean over seeds of the mean over problems.
+
+    Raises:
+        SweepError: there is no such method, or no problem has a number.
+    """
+    return float(np.mean([_mean(sweep, outcome) for outcome in outcomes]))
 
 
 def array(measured: Mapping[str, Any], name: str) -> np.ndarray:
@@ -50,5 +57,11 @@ def array(measured: Mapping[str, Any], name: str) -> np.ndarray:
     return np.array([np.nan if value is None else value for value in values], dtype=float)
 
 
-def _of_method(outcome: Outcome, method: str | None) -> Mapping[str, Any]:
-    return outcome[method] if method is not None else next(iter(outcome.values()))
+def _mean(sweep: SweepSpec, outcome: Outcome) -> float:
+    method = next(iter(outcome)) if sweep.method is None else sweep.method
+    if method not in outcome:
+        raise SweepError(f"method={method!r} is none of those that were evaluated: {', '.join(outcome)}")
+    numbers = array(outcome[method], sweep.metric)
+    if not np.isfinite(numbers).any():
+        raise SweepError(f"metric={sweep.metric!r} has no number on any problem for method {method!r}: choose another")
+    return float(np.nanmean(numbers))

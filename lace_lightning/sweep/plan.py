@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +108,19 @@ def data_of(settings: Any) -> dict[str, str]:
     """Digests of the files and folders that settings name, by path: the same path may hold other data tomorrow."""
     values = settings.values() if isinstance(settings, Mapping) else settings if isinstance(settings, list) else ()
     found = {path: digest for value in values for path, digest in data_of(value).items()}
-    if isinstance(settings, str) and settings and len(settings) < 4096 and "\n" not in settings:
-        path = Path(settings)
-        if path.is_file():
-            found[settings] = _file_digest(path)
-        elif path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file())
-            found[settings] = _digest([[str(file.relative_to(path)), file.stat().st_size] for file in files])
+    if isinstance(settings, str) and (files := _files_of(settings)):
+        root = Path(settings)
+        found[settings] = _digest([[str(file.relative_to(root)), _file_digest(file)] for file in files])
     return found
+
+
+def _files_of(text: str) -> list[Path]:
+    """The file, or all files of the folder, that a setting names; not of one that holds the working directory."""
+    if os.path.isfile(text):  # unlike pathlib's, it has an answer for every text
+        return [Path(text)]
+    if not os.path.isdir(text) or Path.cwd().is_relative_to(Path(text).resolve()):
+        return []
+    return sorted(file for file in Path(text).rglob("*") if file.is_file())
 
 
 def _stage_digest(settings: Mapping[str, Any], after: tuple[PlannedStage, ...]) -> str:
@@ -132,6 +139,13 @@ def _require_last_checkpoint(name: str, settings: Mapping[str, Any]) -> None:
 
 
 def _file_digest(path: Path) -> str:
+    stat = path.stat()
+    return _content_digest(path, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _content_digest(path: Path, size: int, modified: int) -> str:
+    """Of a file as it was then; all trials name the same ones, which may be a model's weights."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()
 

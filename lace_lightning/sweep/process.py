@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,13 +26,13 @@ class Stopped(RuntimeError):
     """A command was ended because the sweep ends; it goes on when the sweep is called again."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Room:
     """Where and for how long the commands of a trial run.
 
     Args:
         environment: variables on top of the sweep's own.
-        deadline: ``time.monotonic()`` at which a command is ended as failed.
+        deadline: ``time.monotonic()`` at which a command is ended as failed; put off by what it waits for others.
         stop: set when the sweep ends.
     """
 
@@ -46,6 +47,13 @@ class Room:
         if time.monotonic() > self.deadline:
             raise CommandFailed(f"{what}: the trial took longer than limits.trial_minutes")
 
+    def wait(self, what: str) -> None:
+        """Give other processes a moment for work that this trial needs too."""
+        if self.stop.is_set():
+            raise Stopped(what)
+        time.sleep(POLL_SECONDS)
+        self.deadline += POLL_SECONDS
+
     def run(self, arguments: Sequence[str], log: Path) -> None:
         """Run ``lace`` with the arguments; its output is appended to ``log``.
 
@@ -55,8 +63,9 @@ class Room:
         """
         command = [sys.executable, "-m", "lace_lightning.sweep.child", str(os.getpid()), *arguments]
         with log.open("a") as output:
-            output.write(f"$ lace {' '.join(arguments)}\n")
+            output.write(f"$ lace {shlex.join(arguments)}\n")
             output.flush()
+            begin = output.tell()
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -72,7 +81,9 @@ class Room:
             finally:
                 _end(process)
         if process.returncode:
-            raise CommandFailed(f"lace {arguments[0]} {_ending(process.returncode)}: {_last_words(log)} (see {log})")
+            raise CommandFailed(
+                f"lace {arguments[0]} {_ending(process.returncode)}: {_last_words(log, begin)} (see {log})"
+            )
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -100,7 +111,9 @@ def _ending(code: int) -> str:
     return f"was ended by {signal.Signals(-code).name}{hint}"
 
 
-def _last_words(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+def _last_words(log: Path, begin: int) -> str:
+    """The last error, else the last line, of what stands in the log from that byte on."""
+    said = log.read_bytes()[begin:].decode(errors="replace")
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     told = [line for line in lines if "Error" in line or "error:" in line]
     return (told or lines or ["it said nothing"])[-1][:300]

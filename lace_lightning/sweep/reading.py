@@ -32,7 +32,7 @@ def read_sweep(path: str) -> SweepSpec:
     Raises:
         SweepError: the file cannot be read, or a setting is unknown or out of range.
     """
-    settings = _settings(Path(shipped(path)))
+    settings = _settings(Path(shipped(path)), ())
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(SweepSpec, None)
     try:
@@ -82,7 +82,9 @@ def shipped(path: str) -> str:
     return with_shipped_configs([path])[0]
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _settings(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in above:
+        raise SweepError(f"extends: {path} lies beneath itself")
     try:
         own = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -97,5 +99,5 @@ def _settings(path: Path) -> dict[str, Any]:
     if not isinstance(below, list) or not all(isinstance(name, str) for name in below):
         raise SweepError(f"{path}: extends={below!r} must be a file or a list of files")
     for name in below:
-        settings |= _settings(path.parent / name)
+        settings |= _settings(path.parent / name, (*above, path.resolve()))
     return settings | own

@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 def markdown(result: Result) -> str:
     """The report: table, how it is to be read, and what failed."""
     header, rows = _header(result), [_cells(result, row) for row in result.rows]
-    lines = [f"# {result.sweep.name}", "", result.sweep.description, "", "| " + " | ".join(header) + " |"]
-    lines += ["| --- " + "| ---: " * (len(header) - 1) + "|"]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    lines = [f"# {result.sweep.name}", "", result.sweep.description, "", _line(header)]
+    lines += ["| --- " + "| ---: " * (len(header) - 1) + "|", *map(_line, rows)]
     lines += ["", *notes(result)]
     return "\n".join(lines) + "\n"
 
@@ -30,9 +29,9 @@ def table(result: Result) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(title=result.sweep.name, title_justify="left")
+    shown = Table(title=Text(result.sweep.name), title_justify="left")
     for index, name in enumerate(_header(result)):
-        shown.add_column(name, justify="right" if index else "left")
+        shown.add_column(Text(name), justify="right" if index else "left")
     for row in result.rows:
         shown.add_row(*map(Text, _cells(result, row)))
     return shown
@@ -50,7 +49,7 @@ def notes(result: Result) -> list[str]:
         lines += ["", f"{result.num_open} trials have not ended: this table is not complete."]
     if result.failures:
         lines += ["", "Failed (`--retry-failed` tries again):", ""]
-        lines += [f"- {label}: {reason}" for label, reason in result.failures]
+        lines += [f"- {label}: {_code(reason)}" for label, reason in result.failures]
     return lines
 
 
@@ -70,6 +69,16 @@ def as_csv(result: Result) -> str:
         named = [own.label, *(own.values.get(axis, "") for axis in axes), own.method, seeds, result.sweep.metric]
         writer.writerow([*named, *("" if math.isnan(value) else f"{value:.6g}" for value in values)])
     return text.getvalue()
+
+
+def _code(text: str) -> str:
+    """One line of Markdown code: what a log says is no markup."""
+    return f"`{' '.join(text.split()).replace('`', chr(39))}`"
+
+
+def _line(cells: Sequence[str]) -> str:
+    """A line of a Markdown table, whatever stands in its cells."""
+    return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
 
 
 def _header(result: Result) -> list[str]:

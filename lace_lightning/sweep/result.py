@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from lace_lightning.sweep.outcome import Outcome
 from lace_lightning.sweep.points import planned_points, suggested
 from lace_lightning.sweep.report import as_csv, markdown
 from lace_lightning.sweep.spec import SweepSpec
-from lace_lightning.sweep.study import ERROR, LABEL, OUTCOME, SEEDS, Ledger, Unit
+from lace_lightning.sweep.study import ERROR, LABEL, OUTCOME, SEEDS, Ledger
 from lace_lightning.sweep.table import Result, compare, measured_rows
+from lace_lightning.sweep.units import Unit
 from lace_lightning.tracking.spool import replace_text
 
 
@@ -57,7 +59,7 @@ def write(result: Result, folder: Path) -> None:
     """``report.md``, ``report.csv``, ``report.json``, and where there are rows ``report.png``."""
     replace_text(folder / "report.md", markdown(result))
     replace_text(folder / "report.csv", as_csv(result))
-    means = {row.measured.label: row.metric.value for row in result.rows}
+    means = {row.measured.label: row.metric.value if isfinite(row.metric.value) else None for row in result.rows}
     summary = {"sweep": result.sweep.name, "metric": result.sweep.metric, "means": means, "open": result.num_open}
     replace_text(folder / "report.json", json.dumps(summary | {"failures": result.failures}, indent=2) + "\n")
     if result.rows:

@@ -12,16 +12,18 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from lace_lightning.sweep.outcome import measure, value_of
+from lace_lightning.evaluation.store import StoreError
+from lace_lightning.sweep.outcome import OUTCOMES, measure, value_of
 from lace_lightning.sweep.plan import Trial, plan, plan_trial
 from lace_lightning.sweep.points import distributions, suggested
 from lace_lightning.sweep.process import CommandFailed, Room, Stopped
 from lace_lightning.sweep.result import result_of, write
 from lace_lightning.sweep.spec import SweepError, SweepSpec
 from lace_lightning.sweep.store import Store
-from lace_lightning.sweep.study import PARENT, Claim, Ledger, Unit
+from lace_lightning.sweep.study import PARENT, Ledger
 from lace_lightning.sweep.table import Result
 from lace_lightning.sweep.tracking import environment_of, log_result, open_parent
+from lace_lightning.sweep.units import Claim, Unit
 
 WAIT_SECONDS = 2.0
 """Between looks at the study while only others work."""
@@ -84,7 +86,7 @@ class Runner:
             workers = [pool.submit(self._work, index) for index in range(self.options.workers)]
             try:
                 while not all(worker.done() for worker in workers):
-                    if time.monotonic() > self.ends:
+                    if time.monotonic() > self.ends and not self.stop.is_set():
                         self.tell("limits.total_minutes is over: the same command goes on")
                         self.stop.set()
                     time.sleep(0.1)
@@ -99,8 +101,13 @@ class Runner:
         result = result_of(self.sweep, self.ledger, self.units)
         write(result, self.folder)
         if self.parent is not None and self.sweep.tracking is not None:
-            log_result(self.sweep.tracking, self.parent, result, self.folder)
+            log_result(self.sweep.tracking, self.parent, result, self.folder, self.options.source)
         return result
+
+    def outcomes_of(self, label: str) -> Path | None:
+        """Folder of the evaluation of a planned row with its first seed; None for rows that Optuna suggested."""
+        trial = next((trial for trial in self.trials.values() if trial.point.label == label), None)
+        return None if trial is None else store_folder(self.sweep) / trial.folder / OUTCOMES
 
     def _work(self, index: int) -> None:
         is_waiting = False
@@ -133,16 +140,16 @@ class Runner:
         try:
             with self.ledger.alive(claim):
                 outcomes = {str(trial.seed): measure(self.sweep, store.run(trial)) for trial in self._trials_of(claim)}
+            value = value_of(self.sweep, list(outcomes.values()))
         except Stopped:
             self.ledger.give_back(claim)
-        except (CommandFailed, SweepError) as error:
+        except (CommandFailed, SweepError, StoreError) as error:
             self.tell(f"{name}: failed: {error}")
             self.ledger.fail(claim, str(error))
         except BaseException:
             self.ledger.give_back(claim)
             raise
         else:
-            value = value_of(self.sweep, list(outcomes.values()))
             is_ours = self.ledger.finish(claim, value, outcomes)
             spent = f"{time.monotonic() - start:.0f} s"
             end = f"{self.sweep.metric} {value:.3f}, {spent}" if is_ours else "another worker had taken it over"

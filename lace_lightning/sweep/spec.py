@@ -182,15 +182,18 @@ class SweepSpec:
             raise SweepError(f"seeds={self.seeds} must name at least one seed, and none twice")
         if self.search == "grid" and any(axis.range for axis in self.axes.values()):
             raise SweepError("a grid needs values or choices: a range is for search random and tpe")
+        before: list[str] = []
         for name, stage in self.stages.items():
-            self._check_stages(f"stages.{name}.after", stage.after)
-        self._check_stages("applies_to", self.applies_to)
+            _check_names(f"stages.{name}.after", stage.after, before, "the stages before it are")
+            before.append(name)
+        _check_names("applies_to", self.applies_to, before, "the stages are")
 
     @property
     def folder(self) -> str:
         return self.output or f"runs/sweeps/{self.name}"
 
-    def _check_stages(self, option: str, names: list[str]) -> None:
-        for name in names:
-            if name not in self.stages:
-                raise SweepError(f"{option} names {name!r}, and the stages are {', '.join(self.stages)}")
+
+def _check_names(option: str, names: list[str], known: list[str], what: str) -> None:
+    for name in names:
+        if name not in known:
+            raise SweepError(f"{option} names {name!r}, and {what} {', '.join(known) or 'none'}")

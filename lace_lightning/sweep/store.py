@@ -16,8 +16,9 @@ from typing import Any
 
 import yaml
 
+from lace_lightning.sweep.outcome import OUTCOMES
 from lace_lightning.sweep.plan import PlannedStage, Trial
-from lace_lightning.sweep.process import POLL_SECONDS, CommandFailed, Room
+from lace_lightning.sweep.process import CommandFailed, Room
 from lace_lightning.sweep.spec import Tracking
 from lace_lightning.tracking.spool import replace_text
 
@@ -81,8 +82,7 @@ class Store:
                 if not is_told:
                     self.tell(f"{folder.name}: waits for the process that is at it")
                 is_told = True
-                self.room.check(folder.name)
-                time.sleep(POLL_SECONDS)
+                self.room.wait(folder.name)
             yield
 
     def _fit(self, stage: PlannedStage, trial: Trial, folder: Path) -> None:
@@ -114,7 +114,7 @@ class Store:
     def _evaluate(self, trial: Trial, folder: Path) -> None:
         settings = deepcopy(dict(trial.evaluation))
         settings["policies"]["trained"]["init_from"] = self.checkpoints(trial.stages[-1])
-        settings["output"] = str(folder / "outcomes")
+        settings["output"] = str(folder / OUTCOMES)
         if (tracking := self.tracking) is not None and tracking.children:
             name = f"eval, {trial.point.label}, seed {trial.seed}"
             settings["tracking"] = {"experiment": tracking.experiment, "run_name": name}
@@ -127,7 +127,7 @@ class Store:
         try:
             self.room.run(arguments, folder / LOG)
         except CommandFailed:
-            for left in ("checkpoints", "outcomes"):
+            for left in ("checkpoints", OUTCOMES):
                 shutil.rmtree(folder / left, ignore_errors=True)
             raise
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 from lace_lightning.evaluation.statistics import Estimate, estimate, mean_estimate, resampled
 from lace_lightning.sweep.outcome import Outcome, array
@@ -15,8 +16,6 @@ from lace_lightning.sweep.spec import SweepSpec
 
 RESAMPLES = 2000
 _FLIPS, _AT_ONCE = 10_000, 500
-_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Two-sided 95 % quantiles of Student's t for 1 to 9 degrees of freedom."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +23,14 @@ class Measured:
     """A row of results before it is compared.
 
     Args:
-        label: of the row, with its method where there are several.
+        point: label of the row in the sweep.
+        label: of the row in the table, with its method where there are several.
         values: value or choice by axis.
         method: of ``lace eval``.
         by_seed: numbers per problem (:data:`~lace_lightning.sweep.outcome.Outcome`) by seed.
     """
 
+    point: str
     label: str
     values: Mapping[str, Any]
     method: str
@@ -89,7 +90,7 @@ def measured_rows(
         for method in methods:
             name = label if len(methods) == 1 else method if len(labels) == 1 else f"{label}: {method}"
             own = {seed: outcome[method] for seed, outcome in sorted(by_seed.items()) if method in outcome}
-            found.append(Measured(name, values, method, own))
+            found.append(Measured(label, name, values, method, own))
     return found
 
 
@@ -98,7 +99,7 @@ def compare(sweep: SweepSpec, measured: Sequence[Measured]) -> list[Row]:
     if not measured:
         return []
     candidates = [row for row in measured if sweep.method in (None, row.method)]
-    is_base = [row for row in candidates if sweep.base is None or row.label.split(": ")[0] == sweep.base]
+    is_base = [row for row in candidates if sweep.base in (None, row.point)]
     base = is_base[0] if is_base else None
     return [_row(sweep, row, base) for row in measured]
 
@@ -113,33 +114,32 @@ def _row(sweep: SweepSpec, measured: Measured, base: Measured | None) -> Row:
 
 
 def over_seeds(values: Sequence[np.ndarray]) -> Estimate:
-    """Mean and 95 % interval of (P,) numbers per seed; nan where a problem has none."""
-    means = np.array([np.nanmean(one) for one in values])
-    if len(means) == 1:
-        return mean_estimate(values[0])
-    freedom = len(means) - 1
-    quantile = _T_95[freedom - 1] if freedom <= len(_T_95) else 1.96 + 2.4 / freedom
-    half = quantile * means.std(ddof=1) / math.sqrt(len(means))
+    """Mean and 95 % interval of (P,) numbers per seed; nan where a problem has none. Seeds without any do not count."""
+    known = [one for one in values if np.isfinite(one).any()]
+    if not known:
+        return Estimate(math.nan, math.nan, math.nan)
+    if len(known) == 1:
+        return mean_estimate(known[0])
+    means = np.array([np.nanmean(one) for one in known])
+    half = float(stdtrit(len(means) - 1, 0.975)) * means.std(ddof=1) / math.sqrt(len(means))
     return Estimate(float(means.mean()), float(means.mean() - half), float(means.mean() + half))
 
 
 def paired(row: Measured, base: Measured, metric: str) -> np.ndarray:
     """(S, P) differences over the seeds and problems that both have; seeds without a number are left out."""
     seeds = [seed for seed in row.by_seed if seed in base.by_seed]
-    if not seeds:
+    pairs = [(_finite(row.by_seed[seed], metric), _finite(base.by_seed[seed], metric)) for seed in seeds]
+    pairs = [(ours, theirs) for ours, theirs in pairs if ours.keys() & theirs.keys()]
+    if not pairs:
         return np.zeros((0, 0))
-    sides = [
-        {
-            problem: value
-            for problem, value in zip(own["problems"], array(own, metric), strict=True)
-            if np.isfinite(value)
-        }
-        for seed in seeds
-        for own in (row.by_seed[seed], base.by_seed[seed])
-    ]
-    problems = [problem for problem in sides[0] if all(problem in side for side in sides)]
-    numbers = np.array([[side[problem] for problem in problems] for side in sides]).reshape(len(sides), -1)
-    return numbers[0::2] - numbers[1::2]
+    problems = [problem for problem in pairs[0][0] if all(problem in side for pair in pairs for side in pair)]
+    return np.array([[ours[problem] - theirs[problem] for problem in problems] for ours, theirs in pairs])
+
+
+def _finite(measured: Mapping[str, Any], metric: str) -> dict[str, float]:
+    """The numbers by problem, of those that have one."""
+    numbers = zip(measured["problems"], array(measured, metric).tolist(), strict=True)
+    return {problem: number for problem, number in numbers if math.isfinite(number)}
 
 
 def crossed(gaps: np.ndarray) -> Estimate:

@@ -97,7 +97,6 @@ class GroupModel(PythonModel):
 
 def group_values(group: Group) -> dict[str, Any]:
     """A group as JSON values; ``best`` is the index of the chosen thread, null if the tags are not valid."""
-    best = next((index for index, thread in enumerate(group.threads) if thread is group.best), None)
     threads = [
         {
             "text": thread.text,
@@ -109,7 +108,12 @@ def group_values(group: Group) -> dict[str, Any]:
         }
         for thread in group.threads
     ]
-    return {"problem": group.problem.id, "best": best, "answer": group.best and group.best.answer, "threads": threads}
+    return {
+        "problem": group.problem.id,
+        "best": group.best_index,
+        "answer": group.best and group.best.answer,
+        "threads": threads,
+    }
 
 
 def input_row(problem: Problem) -> dict[str, str]:

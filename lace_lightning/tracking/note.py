@@ -9,13 +9,15 @@ NOTE = "mlflow.note.content"
 """Tag that MLflow shows as the run's description."""
 
 MAX_DIFFERENCES = 20
-_MAX_VALUE = 80
+_MAX_VALUE, _MAX_METHODS = 80, 8
 _SHOWN_METRICS = ("val/acc", "val/best_at_n", "val/fmt", "test/acc", "test/best_at_n", "train/loss", "reward/total")
 _INCIDENTAL = (
     "trainer.log_every_n_steps",
     "verbose",
     "trainer.logger",
     "trainer.callbacks",
+    "trainer.default_root_dir",
+    "trainer.enable_progress_bar",
     "parameters/",
     "ckpt_path",
     "model.init_args.init_from",
@@ -75,7 +77,9 @@ def how_it_went(status: str, seconds: float, error: BaseException | None, metric
     told = f"{words[status]} after {_duration(seconds)}." if status != "RUNNING" else "is running."
     if status == "FAILED" and error is not None:
         told += f" {type(error).__name__}: {_cut(str(error).partition(chr(10))[0], 300)}"
-    shown = [f"`{name}` {metrics[name]:.4g}" for name in _SHOWN_METRICS if name in metrics]
+    evaluated = [name for name in metrics if name.startswith("eval/") and name.endswith("/acc")]
+    names = [*_SHOWN_METRICS, *evaluated[:_MAX_METHODS]]
+    shown = [f"`{name}` {metrics[name]:.4g}" for name in names if name in metrics]
     return f"{told} Last values: {', '.join(shown)}." if shown else told
 
 

@@ -30,6 +30,7 @@ def log_evaluation(
     settings: dict[str, Any],
     command: str = "",
     weights_of: Sequence[str] = (),
+    is_of_one: bool = False,
 ) -> str:
     """Log a finished evaluation, whose folder has its viewer's page; returns the id of its run.
 
@@ -40,6 +41,7 @@ def log_evaluation(
         settings: of the evaluation.
         command: repeats it.
         weights_of: ids of the runs whose checkpoints were evaluated.
+        is_of_one: all of these make up one model, that of the last one: the numbers are shown with its weights too.
 
     Raises:
         TrackingError: the store does not answer.
@@ -48,7 +50,7 @@ def log_evaluation(
     logger.log_hyperparams(settings)
     logger.describe(_what(summaries), command)
     logger.log_tag("lace.stage", "eval")
-    logger.use_weights(weights_of)
+    logger.use_weights(weights_of, evaluates=is_of_one)
     logger.log_metrics(_metrics(summaries))
     for sheet in sheets(summaries):
         rows = [dict(zip(sheet.columns, row, strict=True)) for row in sheet.rows]

@@ -15,6 +15,8 @@ from lace_lightning.evaluation.judged import JudgedPassage
 
 ANSWER = len(SEGMENTS)
 """What an answer's tokens are marked with, beside the numbers of the segments."""
+_MOST_THREADS = 255
+"""Of a group; a read of a later one is left out."""
 _FULL = 100
 """The byte that stands for 1: no more is shown, and fewer values take fewer bytes."""
 
@@ -75,7 +77,7 @@ def _kinds(thread: Thread, pieces: Sequence[str], segments: str) -> list[int]:
 def _reads(inspection: Inspection, columns: Sequence[int]) -> Iterator[np.ndarray]:
     reads = inspection.reads or ()
     for rank in range(MOST_READS):
-        ranked = [token[rank] if len(token) > rank else None for token in reads]
+        ranked = [token[rank] if len(token) > rank and token[rank][0] < _MOST_THREADS else None for token in reads]
         yield np.array([0 if read is None else read[0] + 1 for read in ranked], dtype=np.uint8)
         back = [0 if read is None else time - read[1] for read, time in zip(ranked, columns, strict=True)]
         yield from _bytes(back, 2)

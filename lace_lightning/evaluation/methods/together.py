@@ -10,7 +10,7 @@ from lace_lightning.decoding.random import group_seed
 from lace_lightning.evaluation.method import Method, Outcome, Policy
 from lace_lightning.evaluation.methods.choice import certainty, vote
 from lace_lightning.evaluation.methods.record import Record, check_at_least, records
-from lace_lightning.traces.schema import Problem, Tag
+from lace_lightning.traces.schema import Problem
 
 Select = Literal["tag", "vote", "mean"]
 
@@ -54,6 +54,6 @@ class Together(Method):
         if self.select == "mean":
             chosen = group_seed(record.seed, "mean") % len(paths)
         else:
-            chosen = group.tags.index(Tag.BEST) if group.has_valid_tags else None
+            chosen = group.best_index
         confidence = None if chosen is None else certainty(group.threads[chosen])
         return record.outcome(chosen, confidence, valid_tags=group.has_valid_tags)
