@@ -47,7 +47,7 @@ class GroupData(LightningDataModule):
         num_problems: at most so many problems to evaluate on; None takes all of a file and 256 of a puzzle.
         tokenizer: folder or hub name of a tokenizer; None takes the task's own.
         num_threads: N, the threads per group.
-        batch_size: groups per training batch of one process.
+        batch_size: traces or problems per training batch of one process.
         val_batch_size: groups per evaluation batch of one process.
         max_length: most columns of a group, prompt included.
         on_bad: what a bad row does: ``error`` ends the run at once, ``skip`` leaves it out and warns with the count.
@@ -162,11 +162,17 @@ class GroupData(LightningDataModule):
         size: int,
         fresh: bool,
         collate: Callable[[Sequence[tuple[Item, int]]], Batch],
+        is_shared: bool = False,
     ) -> ResumableLoader[Item, Batch]:
-        """A loader over ``get(0 … size-1)`` that is reshuffled in each epoch and resumes in mid-epoch."""
+        """A loader over ``get(0 … size-1)`` that is reshuffled in each epoch and resumes in mid-epoch.
+
+        Each process gets its part of every batch or, if it ``is_shared``, the batch of all processes.
+        """
         rank, world_size = self._place()
         overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
         sampler = EpochSampler(size, self.batch_size, self.seed, not overfit, rank, world_size)
+        if is_shared:
+            sampler = EpochSampler(size, sampler.global_batch_size, self.seed, not overfit)
         num_processed = None if self.trainer is None else self._num_processed_batches
         return ResumableLoader(SerialDataset(get, size, fresh), sampler, collate, self.num_workers, num_processed)
 

@@ -14,6 +14,8 @@ from lace_lightning.traces.schema import Problem
 class ProblemData(GroupData):
     """Problems to train and to validate on; every batch is a ``list[Problem]``.
 
+    Of several processes each gets the training batch of all: who samples which groups is the stage's business.
+
     The order is reshuffled by (seed, epoch); a run resumed in mid-epoch continues with the very next batch.
 
     Args:
@@ -85,7 +87,7 @@ class ProblemData(GroupData):
         """Batches of type ``list[Problem]``."""
         assert self._get is not None, "setup('fit') comes first"
         fresh = self.fresh and self.train_problems is None
-        return self.make_train_loader(self._get, self._size, fresh, _without_serials)
+        return self.make_train_loader(self._get, self._size, fresh, _without_serials, is_shared=True)
 
     def _source(self) -> tuple[Callable[[int], Problem], int]:
         """The problem of an index, and how many an epoch has."""

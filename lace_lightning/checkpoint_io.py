@@ -91,12 +91,11 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
 
 def finish_checkpoints(trainer: Trainer) -> None:
     """Wait until all that the trainer has saved is on the disk; call it on every rank."""
-    from lace_lightning.sharded_strategy import ShardedStrategy
-
-    if isinstance(trainer.strategy, ShardedStrategy):
-        trainer.strategy.finish_checkpoints()
-    elif isinstance(trainer.strategy.checkpoint_io, BackgroundCheckpointIO):
-        trainer.strategy.checkpoint_io.finish()
+    strategy: Any = trainer.strategy
+    if hasattr(strategy, "finish_checkpoints"):
+        strategy.finish_checkpoints()
+    elif isinstance(strategy.checkpoint_io, BackgroundCheckpointIO):
+        strategy.checkpoint_io.finish()
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lace_lightning.sharding import gathered
 from lace_lightning.shards import META, CheckpointError, ShardReader, is_sharded
 
 TRAINED = "lace_trained"
@@ -140,7 +141,7 @@ def initialise(module: nn.Module, paths: Sequence[str | Path]) -> dict[str, Path
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().flatten()
+    flat = gathered(tensor.detach()).flatten()
     return flat[:: max(1, len(flat) // 8)][:8].float().cpu()
 
 

@@ -5,6 +5,7 @@ GRPO, Dr.GRPO and DAPO differ in how token losses are averaged and in the upper 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -44,18 +45,22 @@ class PolicyLoss:
                 f"kl_weight={self.kl_weight} must not be negative"
             )
 
-    def token_weights(self, mask: Tensor, max_length: int) -> Tensor:
+    def token_weights(
+        self, mask: Tensor, max_length: int, add_up: Callable[[Tensor], Tensor] = lambda count: count
+    ) -> Tensor:
         """(..., L) float32 weight of each token in the whole batch's loss; a plain sum of weighted losses is the loss.
 
         Args:
-            mask: (..., N, L) bool, tokens that the model chose; leading dims are all groups of the batch.
+            mask: (..., N, L) bool, tokens that the model chose; leading dims are all groups that are here.
             max_length: the length limit of a thread, for ``dr_grpo``.
+            add_up: from a count here to the count in the whole batch, of which other processes hold parts.
         """
         tokens = mask.float()
-        threads = mask[..., 0].numel()
-        if self.average == "grpo":
-            return tokens / tokens.sum(-1, keepdim=True).clamp_min(1) / threads
-        return tokens / (threads * max_length if self.average == "dr_grpo" else tokens.sum().clamp_min(1))
+        if self.average == "dapo":
+            return tokens / add_up(tokens.sum()).clamp_min(1)
+        threads = add_up(tokens.new_tensor(mask[..., 0].numel())).clamp_min(1)
+        own_length = tokens.sum(-1, keepdim=True).clamp_min(1) if self.average == "grpo" else max_length
+        return tokens / own_length / threads
 
     def __call__(
         self,

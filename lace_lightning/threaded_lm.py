@@ -149,14 +149,24 @@ class ThreadedLM(nn.Module):
         return logprobs.flatten().index_copy(0, scored, self._score_all(rows, tokens, chunk_size)).view(targets.shape)
 
     def mean_nll(
-        self, input_ids: Tensor, attention_mask: Tensor, targets: Tensor, prompt_length: int = 0, chunk_size: int = 4096
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        targets: Tensor,
+        prompt_length: int = 0,
+        count: Tensor | None = None,
+        chunk_size: int = 4096,
     ) -> Tensor:
         """Mean negative log-likelihood of the target tokens: ``-token_logprobs(...)`` over those that it scores.
 
         Faster with gradients, since the head is computed once: a mean's weights are known in the forward pass.
 
+        Args:
+            input_ids, attention_mask, targets, prompt_length, chunk_size: as in :meth:`token_logprobs`.
+            count: () what the sum is divided by: the tokens of a batch of which this is a part. None: those here.
+
         Returns:
-            () float32; NaN without a token to score.
+            () float32; NaN without a token to score, unless others have some.
         """
         hidden = self._hidden_to_score(input_ids, attention_mask, prompt_length)
         scored, before = predictable(attention_mask, targets, hidden.shape[2])
@@ -167,7 +177,7 @@ class ThreadedLM(nn.Module):
             total = linear_cross_entropy(rows, head.weight, tokens, ones, self.softcap, chunk_size)
         else:  # a head with LoRA, say
             total = -self._score_all(rows, tokens, chunk_size).sum()
-        return total / len(tokens)
+        return total / (len(tokens) if count is None else count)
 
     def _score_all(self, hidden: Tensor, tokens: Tensor, chunk_size: int) -> Tensor:
         """(M,) float32 log-probabilities of ``tokens`` from hidden states (M, D), a chunk at a time."""
@@ -363,6 +373,11 @@ def predictable(attention_mask: Tensor, targets: Tensor, columns: int) -> tuple[
     previous = previous_token(attention_mask)
     scored = (targets & (previous >= 0)).flatten().nonzero().squeeze(-1)
     return scored, scored // targets.shape[-1] * columns + previous.flatten()[scored]
+
+
+def num_predictable(attention_mask: Tensor, targets: Tensor) -> Tensor:
+    """() long: how many of the targets (…, L) have a previous real token in their thread."""
+    return (targets & (previous_token(attention_mask) >= 0)).sum()
 
 
 def previous_token(attention_mask: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -31,6 +32,7 @@ from lace_lightning.metrics.names import TAG_METRICS
 from lace_lightning.model_spec import ModelSpec
 from lace_lightning.modules.optimizer import OptimizerSpec
 from lace_lightning.rewards import Reward
+from lace_lightning.sharding import shard, whole
 from lace_lightning.tasks import Verdict
 from lace_lightning.threaded_lm import ThreadedLM
 from lace_lightning.traces.schema import Problem
@@ -86,6 +88,7 @@ class ThreadedModule(LightningModule):
         self.strict_loading = False  # on_load_checkpoint knows better what must be there
         self.model: ThreadedLM | None = None
         self._seed = torch.initial_seed()
+        self._whole = ExitStack()  # weights that are whole until an evaluation ends
         embedder = embedder or NgramEmbedder()
         self.group_metrics = nn.ModuleDict({name: GroupMetrics(embedder) for name in ("val", "test")})
         self.tag_metrics = nn.ModuleDict({name: TagConfusion() for name in ("val", "test")})
@@ -118,6 +121,13 @@ class ThreadedModule(LightningModule):
         if not learning and self.trainer.training:
             raise ValueError(f"{self.stage} has nothing to train: exchange {self.spec.exchange} has no parameters")
         self._announce(self.model)
+        self.shard(self.model)
+
+    def shard(self, model: ThreadedLM) -> None:
+        """Divide the weights among the processes if the trainer's strategy wants that (``FullySharded``)."""
+        if self.device_mesh is not None:
+            dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+            shard(model, self.device_mesh["data_parallel"], dtype)
 
     def trainable(self, model: ThreadedLM) -> Iterator[nn.Parameter]:
         """The parameters that learn in this stage."""
@@ -191,6 +201,10 @@ class ThreadedModule(LightningModule):
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
+    def add_up(self, values: Tensor) -> Tensor:
+        """The sum over all processes, without gradients; every process must call it."""
+        return cast(Tensor, self.trainer.strategy.reduce(values.detach().clone(), reduce_op="sum"))
+
     @property
     def num_optimizer_steps(self) -> float:
         """Optimizer steps in the whole run; infinite if nothing limits it."""
@@ -246,6 +260,7 @@ class ThreadedModule(LightningModule):
 
     def _log_evaluation(self, name: str) -> None:
         """Log the means; callbacks may still read the metrics' states, which the next epoch's start clears."""
+        self._whole.close()
         group_metrics, tag_metrics = self.evaluation_metrics(name)
         metrics = group_metrics.compute()
         self.log_dict({f"{name}/{metric}": value for metric, value in metrics.items()}, prog_bar=False)
@@ -254,14 +269,26 @@ class ThreadedModule(LightningModule):
         self.log_dict({f"{family}/{metric}": adherence[metric] for metric in TAG_METRICS})
 
     def on_validation_epoch_start(self) -> None:
-        self._reset_evaluation("val")
+        self._begin_evaluation("val")
 
     def on_test_epoch_start(self) -> None:
-        self._reset_evaluation("test")
+        self._begin_evaluation("test")
 
-    def _reset_evaluation(self, name: str) -> None:
+    def on_predict_epoch_start(self) -> None:
+        self._gather_weights()
+
+    def on_predict_epoch_end(self) -> None:
+        self._whole.close()
+
+    def _begin_evaluation(self, name: str) -> None:
         for metric in self.evaluation_metrics(name):
             metric.reset()
+        self._gather_weights()
+
+    def _gather_weights(self) -> None:
+        """Make the weights whole for an epoch of sampling, of which processes may have unequal numbers of batches."""
+        assert self.model is not None
+        self._whole.enter_context(whole(self.model))
 
     def evaluation_metrics(self, name: str) -> tuple[GroupMetrics, TagConfusion]:
         """The metrics of ``val`` or ``test``, holding what the last epoch saw."""

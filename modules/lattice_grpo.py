@@ -9,12 +9,15 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
+from lace_lightning.dealing import deal
 from lace_lightning.decoding import Rollout, group_seed
 from lace_lightning.embedding import Embedder
 from lace_lightning.model_spec import ModelSpec
@@ -22,6 +25,7 @@ from lace_lightning.modules.base import DecodingSpec, SampledGroups, ThreadedMod
 from lace_lightning.modules.optimizer import OptimizerSpec
 from lace_lightning.policy_loss import LossOutput, PolicyLoss
 from lace_lightning.rewards import AccuracyReward, Reward, group_advantages, total_reward
+from lace_lightning.sharding import whole
 from lace_lightning.threaded_lm import ThreadedLM
 from lace_lightning.traces.schema import Problem
 
@@ -31,6 +35,9 @@ CPU_TOKENS = 4096
 
 class LatticeGRPO(ThreadedModule):
     """Samples G groups of N threads per problem and raises the probability of the better ones; dropout is off.
+
+    Several processes deal the groups of a batch among themselves and exchange a row of numbers per group: rewards,
+    advantages, averages and minibatches are those of the whole batch, as one process would have them.
 
     Args:
         spec, optimizer, validation, init_from, embedder: see :class:`~lace_lightning.modules.base.ThreadedModule`.
@@ -89,11 +96,13 @@ class LatticeGRPO(ThreadedModule):
         self.gradient_clip = gradient_clip
         self._reference: list[ThreadedLM] = []  # in a list, so that it is neither trained, moved nor saved
 
-    def configure_model(self) -> None:
-        super().configure_model()
-        _disable_dropout(self._model())
-        if self.loss.kl_weight and not self._reference:
-            self._reference = [copy.deepcopy(self._model()).requires_grad_(False).eval()]
+    def shard(self, model: ThreadedLM) -> None:
+        """Divide the weights; before that, copy what the KL term pulls towards."""
+        _disable_dropout(model)
+        if self.loss.kl_weight:
+            self._reference = [copy.deepcopy(model).requires_grad_(False).eval()]
+            super().shard(self._reference[0])
+        super().shard(model)
 
     def settings(self) -> dict[str, Any]:
         names = (
@@ -114,16 +123,44 @@ class LatticeGRPO(ThreadedModule):
         clock = _Clock(self.device)
         problems = [problem for problem in batch for _ in range(self.groups_per_problem)]
         with clock.measure("rollout"):
-            sampled = self.sample(problems, self.rollout, self._rollout_seeds(problems))
+            own = self._deal(problems)
+            sampled = self._sample_some(problems, own or [0])  # a process without a group keeps in step with others
+            sampled = sampled if own else replace(sampled, groups=[], verdicts=[])
         with clock.measure("reward"):
-            rewards, parts = total_reward(self.rewards, sampled.groups, sampled.verdicts)
-            by_problem = rewards.view(len(batch), self.groups_per_problem)
+            table = self._table(sampled, own, len(problems))
+            by_problem = table["reward/total"].view(len(batch), self.groups_per_problem)
             advantages = group_advantages(by_problem, self.advantage_scale).flatten().to(self.device)
         with clock.measure("update"):
-            outputs, gaps = self._optimise(sampled.rollout, advantages)
-        self._log_step(sampled, by_problem, parts | {"total": rewards}, outputs, clock)
+            outputs, gaps = self._optimise(sampled.rollout, own, advantages)
+        self._log_step(table, by_problem, outputs, clock)
         self._log_gaps(gaps, len(batch))
         return {"loss": outputs[-1].loss.detach(), "sampled": sampled}
+
+    def _deal(self, problems: Sequence[Problem]) -> list[int]:
+        """Indices of the groups that this process samples."""
+        template, tokenizer = self.data.task.template, self.data.tokenizer
+        lengths = [len(template.encode_prompt(problem.text, tokenizer)) for problem in problems]
+        return deal(lengths, self.trainer.world_size)[self.trainer.global_rank]
+
+    def _sample_some(self, problems: Sequence[Problem], groups: Sequence[int]) -> SampledGroups:
+        seeds = self._rollout_seeds(problems)
+        with whole(self._model()):
+            return self.sample([problems[i] for i in groups], self.rollout, [seeds[i] for i in groups])
+
+    def _table(self, sampled: SampledGroups, own: Sequence[int], num_groups: int) -> dict[str, Tensor]:
+        """Numbers of all groups of all processes, (num_groups,) float64 by name; ``sampled`` holds those of ``own``."""
+        rewards, parts = total_reward(self.rewards, sampled.groups, sampled.verdicts)
+        rollout, chosen = sampled.rollout, sampled.rollout.chosen
+        columns = {f"reward/{name}": values for name, values in (parts | {"total": rewards}).items()} | {
+            "tokens": rollout.attention_mask[..., rollout.prompt_length :].sum((1, 2)),
+            "truncated": 1 - rollout.finished.double().mean(1),
+            "chosen": chosen.sum((1, 2)),
+            "surprise": -(rollout.logprobs.double() * chosen).sum((1, 2)),
+        }
+        rows = torch.stack([column[: len(own)].to(self.device, torch.float64) for column in columns.values()])
+        table = rows.new_zeros(len(columns), num_groups)
+        table[:, list(own)] = rows
+        return dict(zip(columns, self.add_up(table).cpu(), strict=True))
 
     def _rollout_seeds(self, problems: Sequence[Problem]) -> list[int]:
         return [
@@ -133,23 +170,32 @@ class LatticeGRPO(ThreadedModule):
 
     # ---------------------------------------------------------------- optimisation
 
-    def _optimise(self, rollout: Rollout, advantages: Tensor) -> tuple[list[LossOutput], list[Tensor]]:
-        """All optimizer steps on one rollout: the outputs of each, and the gaps found before the first."""
+    def _optimise(
+        self, rollout: Rollout, own: Sequence[int], advantages: Tensor
+    ) -> tuple[list[LossOutput], list[Tensor]]:
+        """All optimizer steps on one rollout: the outputs of each, and the gaps found before the first.
+
+        ``advantages`` are of all groups of the batch, of which ``rollout`` holds those of ``own``.
+        """
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         gaps: list[Tensor] = []
         old = reference = None
         if self.passes * self.minibatches > 1:
             old = self._score_all(self._model(), rollout)
-            gaps.append(logprob_gaps(old, rollout))
+            gaps += [logprob_gaps(old, rollout)] if own else []
         if self._reference:
             reference = self._score_all(self._reference[0].to(self.device), rollout)
         # Fixed by the run's seed and step, so that a resumed run draws the same minibatches.
         generator = torch.Generator().manual_seed(group_seed("minibatches", self.rollout.seed, self.global_step))
+        place = torch.full((len(advantages),), -1)  # of each group in the rollout, if it is there
+        place[list(own)] = torch.arange(len(own))
+        advantages = advantages[list(own) or [0]]
         outputs = []
         for _ in range(self.passes):
-            order = torch.randperm(len(advantages), generator=generator).to(self.device)
-            for groups in order.tensor_split(self.minibatches):
-                weights = self.loss.token_weights(rollout.chosen[groups], self.rollout.max_new_tokens)
+            order = place[torch.randperm(len(place), generator=generator)]
+            for places in order.tensor_split(self.minibatches):
+                groups = places[places >= 0].to(self.device)
+                weights = self.loss.token_weights(rollout.chosen[groups], self.rollout.max_new_tokens, self.add_up)
                 output = self._backward(rollout, groups, advantages, weights, old, reference, gaps)
                 self.check_finite(output.loss)
                 if self.gradient_clip:
@@ -170,30 +216,40 @@ class LatticeGRPO(ThreadedModule):
         reference: Tensor | None,
         gaps: list[Tensor],
     ) -> LossOutput:
-        """Accumulate the gradient of one minibatch, a microbatch at a time; returns its summed outputs.
+        """Accumulate the gradient of one minibatch, a microbatch at a time; returns its outputs, summed everywhere.
 
         Without ``old`` it is the only one: what it computes are then the log-probabilities before any update.
 
         Groups with advantage 0 have no gradient (unless the KL term gives one) and are not computed at all; their
-        tokens still count in the averages. Several processes compute them: all must take as many backward passes.
+        tokens still count in the averages.
         """
-        is_needed = bool(self.loss.kl_weight) or self.trainer.world_size > 1
-        learns = (advantages[groups] != 0) | is_needed
-        groups, weights = groups[learns], weights[learns]
-        totals = [torch.zeros((), device=self.device) for _ in LossOutput._fields]
-        size = self._groups_at_once(rollout)
-        for micro, micro_weights in zip(groups.split(size), weights.split(size), strict=True):
-            if not len(micro):
-                continue
+        learns = (advantages[groups] != 0) | bool(self.loss.kl_weight)
+        totals = torch.zeros(len(LossOutput._fields), device=self.device)
+        micros = self._microbatches(rollout, groups[learns], weights[learns])
+        for number, (micro, micro_weights) in enumerate(micros, start=1):
             logprobs = self._score(self._model(), rollout, micro)
             before = logprobs.detach() if old is None else old[micro]
-            if old is None:
+            if old is None and micro_weights.any():
                 gaps.append(logprob_gaps(before, rollout, micro))
             then = None if reference is None else reference[micro]
             output = self.loss(logprobs, before, advantages[micro], micro_weights, then)
-            self.manual_backward(output.loss)
-            totals = [total + part.detach() for total, part in zip(totals, output, strict=True)]
-        return LossOutput(*totals)
+            with self._gradients_exchanged(number == len(micros)):
+                self.manual_backward(output.loss * self.trainer.world_size)  # processes' gradients are averaged
+            totals += torch.stack([part.detach().float() for part in output])
+        return LossOutput(*self.add_up(totals))
+
+    def _microbatches(self, rollout: Rollout, groups: Tensor, weights: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Groups and weights of each pass. All processes take equally many; what the last ones lack counts for nothing."""
+        size = self._groups_at_once(rollout)
+        micros = list(zip(groups.split(size), weights.split(size), strict=True)) if len(groups) else []
+        num_passes = self.trainer.strategy.reduce(torch.tensor(len(micros), device=self.device), reduce_op="max")
+        stand_in = groups.new_zeros(1), weights.new_zeros(1, *weights.shape[1:])
+        return micros + [stand_in] * (int(num_passes) - len(micros))  # type: ignore[arg-type]
+
+    def _gradients_exchanged(self, is_last: bool) -> Any:
+        """DDP averages gradients once they are added up, in the last backward pass."""
+        strategy = self.trainer.strategy
+        return nullcontext() if is_last or not isinstance(strategy, DDPStrategy) else strategy.block_backward_sync()
 
     def _model(self) -> ThreadedLM:
         assert self.model is not None
@@ -209,7 +265,8 @@ class LatticeGRPO(ThreadedModule):
     def _score_all(self, model: ThreadedLM, rollout: Rollout) -> Tensor:
         everything = torch.arange(len(rollout.input_ids), device=self.device)
         parts = everything.split(self._groups_at_once(rollout))
-        return torch.cat([self._score(model, rollout, groups) for groups in parts])
+        with whole(model):
+            return torch.cat([self._score(model, rollout, groups) for groups in parts])
 
     def _groups_at_once(self, rollout: Rollout) -> int:
         """Groups per forward and backward pass."""
@@ -222,39 +279,36 @@ class LatticeGRPO(ThreadedModule):
 
     def _log_step(
         self,
-        sampled: SampledGroups,
+        table: dict[str, Tensor],
         rewards: Tensor,
-        parts: dict[str, Tensor],
         outputs: list[LossOutput],
         clock: _Clock,
     ) -> None:
         num_clipped = sum(output.num_clipped for output in outputs)
         num_chosen = sum(output.num_chosen for output in outputs)
-        chosen = sampled.rollout.chosen
-        metrics = {f"reward/{name}": values.mean() for name, values in parts.items()} | {
+        metrics = {name: values.mean() for name, values in table.items() if name.startswith("reward/")} | {
             "reward/tied_problems": (rewards.amax(1) == rewards.amin(1)).float().mean(),
             "policy/loss": torch.stack([output.loss for output in outputs]).mean(),
             "policy/clipped": num_clipped / max(1, num_chosen),
-            "policy/entropy": -sampled.rollout.logprobs[chosen].mean(),
-            "rollout/tokens": sampled.rollout.attention_mask[..., sampled.rollout.prompt_length :]
-            .float()
-            .sum((1, 2))
-            .mean(),
-            "rollout/truncated": 1 - sampled.rollout.finished.float().mean(),
+            "policy/entropy": table["surprise"].sum() / table["chosen"].sum(),
+            "rollout/tokens": table["tokens"].mean(),
+            "rollout/truncated": table["truncated"].mean(),
         }
         if self.loss.kl_weight:
             metrics["policy/kl"] = torch.stack([output.kl for output in outputs]).mean()
-        metrics |= {f"time/{name}": torch.tensor(share) for name, share in clock.shares().items()}
-        self.log_dict(metrics, batch_size=len(rewards), sync_dist=True)
-        self.log("train/reward", metrics["reward/total"], prog_bar=True, logger=False, batch_size=len(rewards))
+        self.log_dict({name: value.float() for name, value in metrics.items()}, batch_size=len(rewards))
+        shares = {f"time/{name}": torch.tensor(share) for name, share in clock.shares().items()}
+        self.log_dict(shares, batch_size=len(rewards), sync_dist=True)
+        self.log("train/reward", metrics["reward/total"].float(), prog_bar=True, logger=False, batch_size=len(rewards))
 
     def _log_gaps(self, gaps: list[Tensor], batch_size: int) -> None:
         """Log how far sampling and training disagree, unless no group was worth computing."""
-        found = torch.cat(gaps) if gaps else torch.zeros(0)
-        if len(found):
-            options: dict[str, Any] = {"batch_size": batch_size, "sync_dist": True}
-            self.log("rollout/logprob_gap_mean", found.mean(), **options)
-            self.log("rollout/logprob_gap_max", found.max(), reduce_fx="max", **options)
+        found = torch.cat([torch.zeros(0, device=self.device), *gaps])
+        total, count = self.add_up(torch.stack([found.sum(), found.new_tensor(len(found))]))
+        largest = self.trainer.strategy.reduce(found.max() if len(found) else found.new_zeros(()), reduce_op="max")
+        if count:
+            self.log("rollout/logprob_gap_mean", total / count, batch_size=batch_size)
+            self.log("rollout/logprob_gap_max", largest, reduce_fx="max", batch_size=batch_size)
 
 
 def logprob_gaps(logprobs: Tensor, rollout: Rollout, groups: Tensor | None = None) -> Tensor:

@@ -11,12 +11,15 @@ from lace_lightning.embedding import Embedder
 from lace_lightning.model_spec import ModelSpec
 from lace_lightning.modules.base import DecodingSpec, ThreadedModule
 from lace_lightning.modules.optimizer import OptimizerSpec
-from lace_lightning.threaded_lm import ThreadedLM
+from lace_lightning.threaded_lm import ThreadedLM, num_predictable
 from lace_lightning.traces.batch import TraceBatch
 
 
 class TraceStage(ThreadedModule):
-    """Minimises the mean negative log-likelihood of a stage's target tokens; logs it as ``train/loss``."""
+    """Minimises the mean negative log-likelihood of a stage's target tokens; logs it as ``train/loss``.
+
+    The mean is over the tokens of the batch of all processes, however they are spread.
+    """
 
     def targets(self, batch: TraceBatch) -> Tensor:
         """(B, N, L) bool, the tokens that are learned; forced ones never are."""
@@ -24,10 +27,13 @@ class TraceStage(ThreadedModule):
 
     def training_step(self, batch: TraceBatch, batch_idx: int) -> Tensor:
         assert self.model is not None
-        loss = self.model.mean_nll(batch.input_ids, batch.attention_mask, self.targets(batch), batch.prompt_length)
+        targets = self.targets(batch)
+        count = self.add_up(num_predictable(batch.attention_mask, targets))
+        part = self.model.mean_nll(batch.input_ids, batch.attention_mask, targets, batch.prompt_length, count)
+        loss = self.add_up(part)
         self.check_finite(loss)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.input_ids), sync_dist=True)
-        return loss
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.input_ids))
+        return part * self.trainer.world_size  # gradients are averaged over the processes
 
 
 class BackbonePretraining(TraceStage):

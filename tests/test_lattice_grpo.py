@@ -131,10 +131,10 @@ class Gradients(Recorder):
         super().__init__()
         optimise = LatticeGRPO._optimise
 
-        def spy(module: LatticeGRPO, rollout: Rollout, advantages: Tensor) -> Any:
+        def spy(module: LatticeGRPO, rollout: Rollout, own: list[int], advantages: Tensor) -> Any:
             self.advantages = advantages
             self.expected = reference_gradient(module, rollout, advantages, average)
-            return optimise(module, rollout, advantages)
+            return optimise(module, rollout, own, advantages)
 
         monkeypatch.setattr(LatticeGRPO, "_optimise", spy)
 

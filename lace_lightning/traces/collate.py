@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lace_lightning.traces.batch import TraceBatch
-from lace_lightning.traces.loader import Stream, counter_rng
+from lace_lightning.traces.loader import Stream, counter_rng, served
 from lace_lightning.traces.schema import Trace
 from lace_lightning.traces.template import EncodedThread, Segment, Template
 
@@ -83,10 +83,16 @@ class TraceCollator:
     def __call__(self, examples: Sequence[tuple[Trace, int]]) -> TraceBatch:
         """Collate B traces, each with its serial number (what makes its random draws its own).
 
+        The tokens of a stand-in are nobody's targets, as if an environment had written them all.
+
         Raises:
             ValueError: a trace with another number of threads, or with more than ``max_length`` columns.
         """
-        return _stack([self._lay_out(trace, serial) for trace, serial in examples], self._pad_id)
+        batch = _stack([self._lay_out(trace, served(serial)) for trace, serial in examples], self._pad_id)
+        for b, (_, serial) in enumerate(examples):
+            if serial < 0:
+                batch.segments[b].masked_fill_(batch.attention_mask[b], int(Segment.ENVIRONMENT))
+        return batch
 
     def check(self, trace: Trace) -> Trace:
         """The trace itself if it can be collated, whatever the random draws.

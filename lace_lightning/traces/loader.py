@@ -1,7 +1,9 @@
 """Which example comes when: an order that is a pure function of seed and epoch, and a loader that resumes inside it.
 
 An example's *serial number* is ``epoch * size + index``: unique over the whole run, so it can seed what is random about
-one serving of the example, and it travels through workers without any state there.
+one serving of the example, and it travels through workers without any state there. The complement ``~serial``, which is
+negative, is the same serving as a stand-in: a process that would be left without an example computes it, and nothing
+of it counts.
 """
 
 from __future__ import annotations
@@ -49,15 +51,20 @@ class SerialDataset(Dataset[tuple[Item, int]]):
         return self._size
 
     def __getitem__(self, serial: int) -> tuple[Item, int]:
-        return self._get(serial if self._fresh else serial % self._size), serial
+        number = served(serial)
+        return self._get(number if self._fresh else number % self._size), serial
+
+
+def served(serial: int) -> int:
+    """The serial number itself, of stand-ins too."""
+    return serial if serial >= 0 else ~serial
 
 
 class EpochSampler:
     """Batches of serial numbers for one rank, from a global order that only seed and epoch decide.
 
-    In step s all ranks together take the same examples as one rank with as many times the batch size would. If the size
-    is no multiple of the world size, the first examples of the epoch are served again, so that all ranks take
-    equally many steps.
+    In step s all ranks together take the very examples that one rank with as many times the batch size would, none twice.
+    Of a last batch that is smaller than the world size some ranks get a stand-in, so that all take equally many steps.
 
     Args:
         size: examples per epoch.
@@ -80,8 +87,9 @@ class EpochSampler:
         self.first_batch = 0
 
     @property
-    def _num_examples(self) -> int:
-        return -(-self.size // self.world_size)
+    def global_batch_size(self) -> int:
+        """Examples per step of all ranks together."""
+        return self.batch_size * self.world_size
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration is about; Lightning calls this when an epoch starts."""
@@ -89,7 +97,7 @@ class EpochSampler:
 
     def __len__(self) -> int:
         """Batches in a whole epoch, whatever ``first_batch`` is."""
-        return -(-self._num_examples // self.batch_size)
+        return -(-self.size // self.global_batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         """Batches of the epoch from ``first_batch`` on."""
@@ -97,9 +105,9 @@ class EpochSampler:
         if self.shuffle:
             order = counter_rng(self.seed, Stream.ORDER, self.epoch).permutation(self.size)
             first_serial = self.epoch * self.size
-        own = np.resize(order, self._num_examples * self.world_size)[self.rank :: self.world_size] + first_serial
-        for start in range(self.first_batch * self.batch_size, len(own), self.batch_size):
-            yield own[start : start + self.batch_size].tolist()
+        for start in range(self.first_batch * self.global_batch_size, self.size, self.global_batch_size):
+            step = order[start : start + self.global_batch_size] + first_serial
+            yield step[self.rank :: self.world_size].tolist() or [~int(step[0])]
 
 
 class ResumableLoader(Generic[Item, Batch]):
@@ -168,9 +176,9 @@ class ResumableLoader(Generic[Item, Batch]):
         Raises:
             ValueError: the place is in mid-epoch, and the order of that epoch would now be another one.
         """
-        order = self._order()
-        if 0 < state["batch"] < state["num_batches"] and state["order"] != order:
-            old = state["order"]
+        order, old = self._order(), dict(state["order"])
+        old["batch_size"] *= old.pop("world_size", 1)  # older checkpoints note the batch size of one process
+        if 0 < state["batch"] < state["num_batches"] and old != order:
             changed = ", ".join(f"{key}={now} (was {old[key]})" for key, now in order.items() if now != old[key])
             raise ValueError(
                 f"this checkpoint ends inside an epoch whose order is not the one of the data now: {changed}. Resume "
@@ -179,5 +187,5 @@ class ResumableLoader(Generic[Item, Batch]):
         self._resume = self._position = (state["epoch"], state["batch"])
 
     def _order(self) -> dict[str, int | bool]:
-        names = ("size", "batch_size", "seed", "shuffle", "world_size")
-        return {name: getattr(self.sampler, name) for name in names}
+        order = {name: getattr(self.sampler, name) for name in ("size", "seed", "shuffle")}
+        return order | {"batch_size": self.sampler.global_batch_size}

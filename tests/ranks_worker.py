@@ -1,0 +1,120 @@
+"""One process of a tiny run; ``torchrun`` starts several. Writes what every training batch logged, as JSON.
+
+    python -m torch.distributed.run --nproc_per_node 2 -m tests.ranks_worker sft ddp FOLDER '{"size": 9}'
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+
+from lace_lightning.modules import (
+    BackbonePretraining,
+    ContinuedPretraining,
+    FullySharded,
+    FullyShardedOnDisk,
+    LatticeGRPO,
+    OptimizerSpec,
+    SupervisedFinetuning,
+)
+from lace_lightning.policy_loss import PolicyLoss
+from lace_lightning.rewards import DiversityReward
+from tests.stage_helpers import DECODING, problem_data, quiet_trainer, spec, trace_data
+
+STAGES = {"pretrain": BackbonePretraining, "cpt": ContinuedPretraining, "sft": SupervisedFinetuning}
+STEPS = 5
+GLOBAL_BATCH = 4
+CLOCK = ("time/",)
+
+
+class Log(Callback):
+    """All that was logged after each training batch and after validation, and the norm of each gradient step."""
+
+    def __init__(self) -> None:
+        self.batches: list[dict[str, float]] = []
+        self.validation: dict[str, float] = {}
+        self.groups: list[list[str]] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.batches.append(
+            {k: float(v) for k, v in trainer.logged_metrics.items() if not k.startswith((*CLOCK, "val", "tags"))}
+        )
+        if isinstance(outputs, dict) and "sampled" in outputs:
+            self.groups.append(
+                [f"{g.problem.id} {g.seed} {[t.text for t in g.threads]}" for g in outputs["sampled"].groups]
+            )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validation = {
+            k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "tags/"))
+        }
+
+
+def strategy_of(name: str) -> Strategy | str:
+    """By the names of the overlays."""
+    if name.startswith("fsdp"):
+        return FullyShardedOnDisk() if name == "fsdp_on_disk" else FullySharded()
+    return DDPStrategy(find_unused_parameters=True, broadcast_buffers=False) if name == "ddp" else "auto"
+
+
+def module_of(stage: str, options: dict[str, Any]) -> LightningModule:
+    """A tiny stage whose weights have one seed."""
+    torch.manual_seed(1)
+    settings = {"exchange": options["exchange"]} if "exchange" in options else {}
+    model = spec(**settings, gradient_checkpointing=options.get("checkpointing", False))
+    optimizer = OptimizerSpec(lr=0.01)
+    if stage != "grpo":
+        return STAGES[stage](model, optimizer, DECODING)
+    from tests.test_lattice_grpo import Numbers
+
+    from lace_lightning.embedding import NgramEmbedder
+
+    rewards = [Numbers(weight=5.0), DiversityReward(NgramEmbedder(), weight=1.0)]
+    loss = PolicyLoss(average=options.get("average", "dapo"), kl_weight=options.get("kl_weight", 0.0))
+    names = ("groups_per_problem", "passes", "minibatches", "microbatch_size")
+    changes = {name: options[name] for name in names if name in options}
+    return LatticeGRPO(
+        model, optimizer, DECODING, rollout=DECODING, rewards=rewards, loss=loss,
+        **{"groups_per_problem": 3, "gradient_clip": 0.5} | changes,
+    )  # fmt: skip
+
+
+def main(stage: str, strategy: str, folder: str, options: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    num_processes = options.get("processes", 1)
+    batch_size = options.get("batch", GLOBAL_BATCH) // num_processes
+    if stage == "grpo":
+        data: Any = problem_data(batch_size=batch_size, num_train_problems=options["size"], num_problems=7, seed=3)
+    else:
+        data = trace_data(batch_size=batch_size, num_traces=options["size"], num_problems=7, jitter=2, seed=3)
+    log = Log()
+    trainer = quiet_trainer(
+        max_steps=options.get("steps", STEPS),
+        callbacks=[log],
+        strategy=strategy_of(strategy),
+        devices=num_processes,
+        gradient_clip_val=None if stage == "grpo" else 0.5,
+        limit_val_batches=2,
+        val_check_interval=1,
+        log_every_n_steps=1,
+        default_root_dir=folder,
+        use_distributed_sampler=False,
+    )
+    module = module_of(stage, options)
+    trainer.fit(module, data, ckpt_path=options.get("resume"))
+    if "save" in options:
+        trainer.save_checkpoint(options["save"])
+    found = {"batches": log.batches, "validation": log.validation, "groups": log.groups}
+    Path(folder, f"{trainer.global_rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4], json.loads(sys.argv[4]))
