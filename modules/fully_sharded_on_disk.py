@@ -53,7 +53,7 @@ class FullyShardedOnDisk(FullySharded):
         self._save_distributed_checkpoint = True  # Lightning then collects shards for the state of the model
         self._in_background = in_background
         self._queue = WriteQueue()
-        self._own_group: Any = None
+        self._writers_group: Any = None
 
     # ---------------------------------------------------------------- writing
 
@@ -73,7 +73,7 @@ class FullyShardedOnDisk(FullySharded):
         tensors, rest = split(checkpoint)
         if self.root_device.type == "cpu":  # elsewhere they are copies already
             tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        self._queue.add(write, tensors, frozen(rest), path, shards, self._group(), self.is_global_zero)
+        self._queue.add(write, tensors, frozen(rest), path, shards, self._writers(), self.is_global_zero)
         if not self._in_background:
             self.finish_checkpoints()
 
@@ -105,16 +105,16 @@ class FullyShardedOnDisk(FullySharded):
     def _agree(self, failure: str | None, kind: type[Exception], what: str) -> None:
         """Raise on all processes if one has a failure to report."""
         failures: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(failures, failure, group=self._group())
+        dist.all_gather_object(failures, failure)
         told = [f"process {rank}: {text}" for rank, text in enumerate(failures) if text is not None]
         if told:
             raise kind(f"{what}: {'; '.join(told)}")
 
-    def _group(self) -> Any:
-        """A group of our own on the CPU: the thread that writes never gets between the collectives of training."""
-        if self._own_group is None:
-            self._own_group = dist.new_group(backend="gloo", timeout=self._timeout)
-        return self._own_group
+    def _writers(self) -> Any:
+        """A group for the thread that writes, which must never get between the collectives of the main thread."""
+        if self._writers_group is None:
+            self._writers_group = dist.new_group(backend="gloo", timeout=self._timeout)
+        return self._writers_group
 
     # ---------------------------------------------------------------- reading
 
@@ -133,7 +133,7 @@ class FullyShardedOnDisk(FullySharded):
         own = self._own_tensors()
         sizes = {name: torch.Size(entry["size"]) for name, entry in reader.index.items()}
         here = {name: torch.empty_like(own[name]) for name, size in sizes.items() if _fits(own.get(name), size)}
-        reader.read_into(here, self._group())
+        reader.read_into(here, self._writers())
         # What does not fit is for the stage to see, and to refuse.
         others = {name: torch.empty(size, device="meta") for name, size in sizes.items() if name not in here}
         return join(others | here, reader.rest) | {_IS_SHARDED: True}

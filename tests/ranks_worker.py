@@ -18,7 +18,6 @@ from lace_lightning.modules import (
     BackbonePretraining,
     ContinuedPretraining,
     FullySharded,
-    FullyShardedOnDisk,
     LatticeGRPO,
     OptimizerSpec,
     SupervisedFinetuning,
@@ -60,8 +59,8 @@ class Log(Callback):
 
 def strategy_of(name: str) -> Strategy | str:
     """By the names of the overlays."""
-    if name.startswith("fsdp"):
-        return FullyShardedOnDisk() if name == "fsdp_on_disk" else FullySharded()
+    if name == "fsdp":
+        return FullySharded()
     return DDPStrategy(find_unused_parameters=True, broadcast_buffers=False) if name == "ddp" else "auto"
 
 
