@@ -11,7 +11,6 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 import torch
-from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -48,6 +47,8 @@ def mean_edit_distance(sequences: Sequence[str] | Sequence[Sequence[int]]) -> fl
         Between 0 (all equal) and 1; 0 where N is 1.
     """
     pairs = list(combinations(sequences, 2))
+    from rapidfuzz.distance import Levenshtein  # training needs none of it, and machines for it may lack it
+
     distances = (Levenshtein.normalized_distance(first, second) for first, second in pairs if first and second)
     return sum(distances) / max(len(pairs), 1)
 

@@ -239,7 +239,7 @@ class LatticeGRPO(ThreadedModule):
         return LossOutput(*self.add_up(totals))
 
     def _microbatches(self, rollout: Rollout, groups: Tensor, weights: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Groups and weights of each pass. All processes take equally many; what the last ones lack counts for nothing."""
+        """Groups and weights of each pass; all processes take equally many, and what one lacks counts for nothing."""
         size = self._groups_at_once(rollout)
         micros = list(zip(groups.split(size), weights.split(size), strict=True)) if len(groups) else []
         num_passes = self.trainer.strategy.reduce(torch.tensor(len(micros), device=self.device), reduce_op="max")
@@ -286,7 +286,7 @@ class LatticeGRPO(ThreadedModule):
     ) -> None:
         num_clipped = sum(output.num_clipped for output in outputs)
         num_chosen = sum(output.num_chosen for output in outputs)
-        metrics = {name: values.mean() for name, values in table.items() if name.startswith("reward/")} | {
+        metrics: dict[str, Any] = {name: row.mean() for name, row in table.items() if name.startswith("reward/")} | {
             "reward/tied_problems": (rewards.amax(1) == rewards.amin(1)).float().mean(),
             "policy/loss": torch.stack([output.loss for output in outputs]).mean(),
             "policy/clipped": num_clipped / max(1, num_chosen),

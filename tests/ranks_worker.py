@@ -1,6 +1,6 @@
 """One process of a tiny run; ``torchrun`` starts several. Writes what every training batch logged, as JSON.
 
-    python -m torch.distributed.run --nproc_per_node 2 -m tests.ranks_worker sft ddp FOLDER '{"size": 9}'
+python -m torch.distributed.run --nproc_per_node 2 -m tests.ranks_worker sft ddp FOLDER '{"size": 9}'
 """
 
 from __future__ import annotations
@@ -52,9 +52,7 @@ class Log(Callback):
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.validation = {
-            k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "tags/"))
-        }
+        self.validation = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "tags/"))}
 
 
 def strategy_of(name: str) -> Strategy | str:
@@ -72,9 +70,8 @@ def module_of(stage: str, options: dict[str, Any]) -> LightningModule:
     optimizer = OptimizerSpec(lr=0.01)
     if stage != "grpo":
         return STAGES[stage](model, optimizer, DECODING)
-    from tests.test_lattice_grpo import Numbers
-
     from lace_lightning.embedding import NgramEmbedder
+    from tests.test_lattice_grpo import Numbers
 
     rewards = [Numbers(weight=5.0), DiversityReward(NgramEmbedder(), weight=1.0)]
     loss = PolicyLoss(average=options.get("average", "dapo"), kl_weight=options.get("kl_weight", 0.0))

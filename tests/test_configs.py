@@ -10,11 +10,12 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 
 from lace_lightning.cli.main import main
 from lace_lightning.cli.shipped import SHIPPED
 from lace_lightning.cli.stages import build
-from lace_lightning.modules import LatticeGRPO
+from lace_lightning.modules import FullySharded, LatticeGRPO
 from lace_lightning.puzzles.vocabulary import word_tokenizer
 
 FILES = sorted(str(path.relative_to(SHIPPED)) for path in SHIPPED.rglob("*.yaml"))
@@ -94,6 +95,13 @@ class Witness(Callback):
         self.validated += len(outputs["sampled"].groups)
 
 
+@pytest.fixture(autouse=True)
+def no_process_group_left():
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("stack", STACKS, ids="+".join)
 def test_config_runs_one_step(stack, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -115,8 +123,20 @@ def test_trainer_overlays_go_on_top_of_every_stage(stage, tmp_path, monkeypatch)
     asked: dict[str, object] = {}
     for file in overlays:
         asked |= yaml.safe_load((SHIPPED / file).read_text())["trainer"]
-    kept = {name: value for name, value in asked.items() if name not in ("accelerator", "devices")}
+    kept = {name: value for name, value in asked.items() if name not in ("accelerator", "devices", "strategy")}
     assert kept and {name: cli.config["trainer"][name] for name in kept} == kept
+    assert isinstance(cli.trainer.strategy, FullySharded)  # of the last overlay that names one
+
+
+@pytest.mark.parametrize("stage", STAGES, ids="+".join)
+@pytest.mark.parametrize("overlay", ["ddp", "fsdp"])
+def test_overlays_for_several_gpus_go_on_top_of_every_stage(stage, overlay, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = (*stage, f"trainer/{overlay}.yaml", "trainer/slurm.yaml")
+    trainer = build([*options_for(files), "--trainer.devices=2", "--trainer.num_nodes=3"], run=False).trainer
+    assert type(trainer.strategy) is {"ddp": DDPStrategy, "fsdp": FullySharded}[overlay]
+    assert (trainer.num_devices, trainer.num_nodes, trainer.world_size) == (2, 3, 6)
+    assert trainer.precision == "bf16-mixed"
 
 
 @pytest.mark.parametrize("file", FILES)

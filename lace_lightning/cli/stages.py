@@ -151,6 +151,8 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended.*")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # config.yaml is there
+    warnings.filterwarnings("ignore", message="It is recommended to use .*sync_dist=True")  # metrics add up themselves
+    warnings.filterwarnings("ignore", message=".broadcast_buffers. is deprecated")  # its successor needs torch 2.13
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     tips.addFilter(lambda record: "litlogger" not in record.getMessage())
 

@@ -63,7 +63,7 @@ def served(serial: int) -> int:
 class EpochSampler:
     """Batches of serial numbers for one rank, from a global order that only seed and epoch decide.
 
-    In step s all ranks together take the very examples that one rank with as many times the batch size would, none twice.
+    In step s all ranks together take the examples that one rank with as many times the batch size would, none twice.
     Of a last batch that is smaller than the world size some ranks get a stand-in, so that all take equally many steps.
 
     Args:
