@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -186,7 +187,9 @@ class ShardReader:
     def read_into(self, tensors: dict[str, Tensor], group: Any = None) -> None:
         """Fill tensors, sharded in whatever way; a collective of ``group``, or of this process alone."""
         reader = _Reader(self.folder, self._metadata)
-        dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be
+            dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
 
     def checkpoint(self) -> dict[str, Any]:
         """All of it on the CPU of this process, laid out like a checkpoint of one file."""

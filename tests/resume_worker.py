@@ -1,6 +1,6 @@
 """One process of a tiny run that saves or resumes; ``torchrun`` starts several. Writes each step's loss as JSON.
 
-    python -m torch.distributed.run --nproc_per_node 2 -m tests.resume_worker fsdp FOLDER '{"steps": 3}'
+python -m torch.distributed.run --nproc_per_node 2 -m tests.resume_worker fsdp FOLDER '{"steps": 3}'
 """
 
 from __future__ import annotations
