@@ -35,7 +35,8 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     if is_sharded(path):
         return ShardReader(path, read_checkpoint(Path(path) / META)).checkpoint()
     if not Path(path).is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist")
+        what = f"is a folder without {META}: its first write did not end" if Path(path).is_dir() else "does not exist"
+        raise CheckpointError(f"checkpoint {path} {what}")
     try:
         with zipfile.ZipFile(path) as archive:  # torch itself ignores the checksums
             if (damaged := archive.testzip()) is not None:

@@ -230,7 +230,8 @@ def _run_folder(run: Path) -> Path:
 
 
 def _newest_checkpoint(run: Path) -> Path:
-    found = [*run.glob("*.ckpt"), *run.glob("checkpoints/*.ckpt")]
+    written = [*run.glob("*.ckpt"), *run.glob("checkpoints/*.ckpt")]
+    found = [path for path in written if path.is_file() or is_sharded(path)]  # not a folder that a kill left unfinished
     if not found:
         raise ValueError(
             f"--run {run} has no checkpoint, neither itself nor in checkpoints/: name one with --ckpt FILE"
