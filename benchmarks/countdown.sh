@@ -2,7 +2,7 @@
 # Countdown: trains all models of the comparison from one backbone per seed, then runs every method on third-party problems
 # and on the puzzle's own (docs/countdown.md).
 #   benchmarks/countdown.sh OUT PROBLEMS.jsonl [SEED ...]
-# Seeds run side by side, on as many GPUs as there are. Finished stages are skipped when it is called again: OUT/SEED/STAGE.done says how many
+# Seeds run side by side, on as many GPUs as there are (or CUDA_VISIBLE_DEVICES names). Finished stages are skipped when it is called again: OUT/SEED/STAGE.done says how many
 # seconds a stage took, OUT/SEED/STAGE.log how it went. The tables of all seeds together are in OUT/eval/report.md.
 #   GRPO=1, CAUSAL=1   also Lattice GRPO for LACE and Isolated Parallel; also LACE with causal scope
 #   STEPS, EVAL        options for every training, for the evaluation
@@ -27,7 +27,7 @@ descendants() { local child; for child in $(pgrep -P "$1"); do echo "$child"; de
 trap 'kill $(descendants $$) 2>/dev/null; exit 130' INT TERM   # what runs in the background ends too
 
 workers() { # workers RUNS: data processes of each of so many trainings per seed at once
-    local free=$(($(nproc) - $1 * ${#seeds[@]})) runs=$(($1 * ${#seeds[@]}))
+    local free=$(($(nproc --all) - $1 * ${#seeds[@]})) runs=$(($1 * ${#seeds[@]}))
     echo "${WORKERS:-$((free > runs ? free / runs : 1))}"
 }
 
@@ -92,10 +92,11 @@ one_seed() {
 }
 
 mkdir -p "$out"
-gpus=$(nvidia-smi -L 2>/dev/null | wc -l || true)
+gpus=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, || true)}
+IFS=, read -ra gpus <<<"$gpus"
 running=()
 for index in "${!seeds[@]}"; do                   # seeds share out the GPUs
-    ((gpus < 2)) || export CUDA_VISIBLE_DEVICES=$((index % gpus))
+    ((${#gpus[@]} < 2)) || export CUDA_VISIBLE_DEVICES=${gpus[index % ${#gpus[@]}]}
     one_seed "${seeds[index]}" &
     running+=($!)
 done

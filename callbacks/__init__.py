@@ -6,6 +6,7 @@ from lace_lightning.callbacks.gates import GateMonitor
 from lace_lightning.callbacks.graceful_stop import GracefulStop
 from lace_lightning.callbacks.group_traces import GroupTraces
 from lace_lightning.callbacks.group_writer import GroupWriter
+from lace_lightning.callbacks.health import HealthMonitor, UnhealthyRun
 from lace_lightning.callbacks.lineage import Lineage
 from lace_lightning.callbacks.samples import SampleGroups
 from lace_lightning.callbacks.save_config import SaveConfig
@@ -20,10 +21,12 @@ __all__ = [
     "GracefulStop",
     "GroupTraces",
     "GroupWriter",
+    "HealthMonitor",
     "Lineage",
     "SampleGroups",
     "SaveConfig",
     "StageCheckpoint",
     "TagMonitor",
+    "UnhealthyRun",
     "ValidationTable",
 ]

@@ -87,6 +87,7 @@ class ThreadedModule(LightningModule):
         self.init_from = list(init_from)
         self.strict_loading = False  # on_load_checkpoint knows better what must be there
         self.model: ThreadedLM | None = None
+        self.has_health_monitor = False  # a callback that decides what a bad loss does
         self._seed = torch.initial_seed()
         self._whole = ExitStack()  # weights that are whole until an evaluation ends
         embedder = embedder or NgramEmbedder()
@@ -215,8 +216,8 @@ class ThreadedModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def check_finite(self, loss: Tensor) -> None:
-        """Raise before a bad loss reaches the weights."""
-        if not torch.isfinite(loss):
+        """Raise before a bad loss reaches the weights, unless a HealthMonitor looks after that."""
+        if not self.has_health_monitor and not torch.isfinite(loss):
             raise NonFiniteLossError(
                 f"{self.stage}: the loss is {loss.item()} at step {self.global_step}. Look at the last batch; lower "
                 "model.optimizer.lr, raise its warmup_steps, or set trainer.gradient_clip_val"
@@ -302,7 +303,8 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, list):
         items = list(enumerate(value))
     elif is_dataclass(value):
-        items = [("type", type(value).__name__), *((f.name, getattr(value, f.name)) for f in fields(value))]
+        told = [f for f in fields(value) if not f.metadata.get("neutral")]
+        items = [("type", type(value).__name__), *((f.name, getattr(value, f.name)) for f in told)]
     elif isinstance(value, Reward):
         plain = {name: part for name, part in vars(value).items() if isinstance(part, bool | int | float | str)}
         items = [("type", type(value).__name__), *plain.items()]

@@ -94,6 +94,8 @@ class LatticeGRPO(ThreadedModule):
         self.advantage_scale: Literal["none", "std"] = advantage_scale
         self.passes, self.minibatches, self.microbatch_size = passes, minibatches, microbatch_size
         self.gradient_clip = gradient_clip
+        self.at_hand: tuple[SampledGroups, Tensor] | None = None
+        """The batch that is being learned from, for callbacks: its groups, and their rewards (problems, G)."""
         self._reference: list[ThreadedLM] = []  # in a list, so that it is neither trained, moved nor saved
 
     def shard(self, model: ThreadedLM) -> None:
@@ -130,8 +132,10 @@ class LatticeGRPO(ThreadedModule):
             table = self._table(sampled, own, len(problems))
             by_problem = table["reward/total"].view(len(batch), self.groups_per_problem)
             advantages = group_advantages(by_problem, self.advantage_scale).flatten().to(self.device)
+        self.at_hand = sampled, by_problem
         with clock.measure("update"):
             outputs, gaps = self._optimise(sampled.rollout, own, advantages)
+        self.at_hand = None
         self._log_step(table, by_problem, outputs, clock)
         self._log_gaps(gaps, len(batch))
         return {"loss": outputs[-1].loss.detach(), "sampled": sampled}

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
+from lace_lightning.callbacks import GateMonitor
+from lace_lightning.exchange import Isolated
+from lace_lightning.lattice import Lattice
 from lace_lightning.modules import (
     BackbonePretraining,
     ContinuedPretraining,
@@ -24,12 +29,16 @@ from lace_lightning.modules import (
 )
 from lace_lightning.policy_loss import PolicyLoss
 from lace_lightning.rewards import DiversityReward
-from tests.stage_helpers import DECODING, problem_data, quiet_trainer, spec, trace_data
+from lace_lightning.threaded_lm import ThreadedLM
+from tests.stage_helpers import DECODING, LATTICE, problem_data, quiet_trainer, spec, trace_data
 
 STAGES = {"pretrain": BackbonePretraining, "cpt": ContinuedPretraining, "sft": SupervisedFinetuning}
 STEPS = 5
 GLOBAL_BATCH = 4
-CLOCK = ("time/",)
+UNCOMPARED = ("time/", "val", "tags")
+"""Beginnings of what is no number of the training batch."""
+EVALUATION = {"num_problems": 7, "val_batch_size": 3, "seed": 3}
+"""One process of two has a batch more than the other."""
 
 
 class Log(Callback):
@@ -39,17 +48,16 @@ class Log(Callback):
         self.batches: list[dict[str, float]] = []
         self.validation: dict[str, float] = {}
         self.groups: list[list[str]] = []
+        self.lengths: list[list[int]] = []
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.batches.append(
-            {k: float(v) for k, v in trainer.logged_metrics.items() if not k.startswith((*CLOCK, "val", "tags"))}
-        )
+        self.batches.append({k: float(v) for k, v in trainer.logged_metrics.items() if not k.startswith(UNCOMPARED)})
         if isinstance(outputs, dict) and "sampled" in outputs:
-            self.groups.append(
-                [f"{g.problem.id} {g.seed} {[t.text for t in g.threads]}" for g in outputs["sampled"].groups]
-            )
+            groups = outputs["sampled"].groups
+            self.groups.append([f"{g.problem.id} {g.seed} {[t.text for t in g.threads]}" for g in groups])
+            self.lengths.append([len(g.problem.text.split()) for g in groups])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.validation = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "tags/"))}
@@ -65,8 +73,8 @@ def strategy_of(name: str) -> Strategy | str:
 def module_of(stage: str, options: dict[str, Any]) -> LightningModule:
     """A tiny stage whose weights have one seed."""
     torch.manual_seed(1)
-    settings = {"exchange": options["exchange"]} if "exchange" in options else {}
-    model = spec(**settings, gradient_checkpointing=options.get("checkpointing", False))
+    exchange = Isolated() if options.get("isolated") else LATTICE
+    model = spec(exchange, gradient_checkpointing=options.get("checkpointing", False))
     optimizer = OptimizerSpec(lr=0.01)
     if stage != "grpo":
         return STAGES[stage](model, optimizer, DECODING)
@@ -83,32 +91,51 @@ def module_of(stage: str, options: dict[str, Any]) -> LightningModule:
     )  # fmt: skip
 
 
+def _without_exchange(model: ThreadedLM, *args: Any, **kwargs: Any) -> Lattice:
+    lattice = ThreadedLM.lattice(model, *args, **kwargs)
+    return replace(lattice, exchanges={}) if model.training else lattice
+
+
+def leave_out(module: LightningModule, is_here: bool) -> None:
+    """Let the training batches of this process reach no exchange, if it is the one that leaves it out."""
+    build = module.configure_model
+
+    def configure_model() -> None:
+        build()
+        if is_here:
+            module.model.lattice = partial(_without_exchange, module.model)
+
+    module.configure_model = configure_model
+
+
 def main(stage: str, strategy: str, folder: str, options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     num_processes = options.get("processes", 1)
     batch_size = options.get("batch", GLOBAL_BATCH) // num_processes
     if stage == "grpo":
-        data: Any = problem_data(batch_size=batch_size, num_train_problems=options["size"], num_problems=7, seed=3)
+        data: Any = problem_data(batch_size=batch_size, num_train_problems=options["size"], **EVALUATION)
     else:
-        data = trace_data(batch_size=batch_size, num_traces=options["size"], num_problems=7, jitter=2, seed=3)
+        data = trace_data(batch_size=batch_size, num_traces=options["size"], jitter=2, **EVALUATION)
     log = Log()
     trainer = quiet_trainer(
         max_steps=options.get("steps", STEPS),
-        callbacks=[log],
+        callbacks=[log, GateMonitor(num_batches=3)],
         strategy=strategy_of(strategy),
         devices=num_processes,
         gradient_clip_val=None if stage == "grpo" else 0.5,
-        limit_val_batches=2,
+        limit_val_batches=3,
         val_check_interval=1,
         log_every_n_steps=1,
         default_root_dir=folder,
         use_distributed_sampler=False,
     )
     module = module_of(stage, options)
+    if "unreached" in options:
+        leave_out(module, trainer.global_rank == options["unreached"])
     trainer.fit(module, data, ckpt_path=options.get("resume"))
     if "save" in options:
         trainer.save_checkpoint(options["save"])
-    found = {"batches": log.batches, "validation": log.validation, "groups": log.groups}
+    found = {"batches": log.batches, "validation": log.validation, "groups": log.groups, "lengths": log.lengths}
     Path(folder, f"{trainer.global_rank}.json").write_text(json.dumps(found))
 
 

@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 
 from lace_lightning.embedding import NgramEmbedder
+from lace_lightning.lattice import Reading
 from lace_lightning.metrics import DESCRIPTIONS, GroupMetrics, TagConfusion
 from lace_lightning.metrics.groups import is_majority_correct
 from tests.hand_built import BEST, FAIL, RIGHT, SUCCESS, UNPARSABLE, WRONG, group, tagged, thread
+from tests.test_readings import CROSS, GATE, SEGMENTS, SHARE, metrics_of, reading
 
 # Valid tags; the chosen thread is right. Answers 1, 2, 2, 1: a tie that "1", first, wins. Thoughts a, b, a, a: three of
 # six pairs differ, and differ wholly. Two threads are right, all readable, 2 + 1 + 1 + 1 tokens.
@@ -165,16 +167,27 @@ def test_tag_confusion_counts_verdicts_by_tag():
 SHARES = [([0, 1, 2], [1]), ([0, 1, 2, 1], [])]
 
 
+def read_group(index: int) -> tuple[list[Reading], torch.Tensor]:
+    """Two layers' readings of a group; groups differ in gates, shares and lengths."""
+    segments = SEGMENTS.clone()
+    segments[..., 4 - index :] = 0
+    share = torch.tensor([[[0.5, 0.5], [0.0, 0.0]]]) if index else SHARE  # a thread that reads nothing has no share
+    layers = ((3, GATE / (index + 1), CROSS), (5, GATE / 2, CROSS / (index + 2)))
+    return [reading(layer, gate, cross, share) for layer, gate, cross in layers], segments
+
+
 def _measure_on_rank(rank: int, folder: str) -> None:
     store = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     results = []
     for shares in SHARES:
-        metrics, confusion = group_metrics(), TagConfusion()
+        metrics, confusion, readings = group_metrics(), TagConfusion(), metrics_of(3, 5)
         for index in shares[rank]:
             metrics.update([GROUPS[index]], [VERDICTS[index]])
             confusion.update([GROUPS[index]], [VERDICTS[index]])
-        results.append((metrics.intervals(), metrics.compute(), confusion.compute(), metrics.intervals()))
+            readings.update(*read_group(index))
+        values = metrics.compute(), confusion.compute(), readings.compute(), readings.maps()._asdict()
+        results.append((metrics.intervals(), values, metrics.intervals()))
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -191,12 +204,14 @@ def test_two_processes_get_the_metrics_of_one_also_with_ragged_shares(tmp_path):
     for rank in range(2):
         for shares, result in zip(SHARES, torch.load(tmp_path / f"{rank}.pt"), strict=True):
             indices = [index for share in shares for index in share]
-            metrics, confusion = group_metrics(), TagConfusion()
+            metrics, confusion, readings = group_metrics(), TagConfusion(), metrics_of(3, 5)
             metrics.update([GROUPS[index] for index in indices], [VERDICTS[index] for index in indices])
             confusion.update([GROUPS[index] for index in indices], [VERDICTS[index] for index in indices])
-            intervals, values, counts, intervals_again = result
-            torch.testing.assert_close(values, metrics.compute())
-            torch.testing.assert_close(counts, confusion.compute())
+            for index in indices:
+                readings.update(*read_group(index))
+            intervals, values, intervals_again = result
+            expected = metrics.compute(), confusion.compute(), readings.compute(), readings.maps()._asdict()
+            torch.testing.assert_close(values, expected, equal_nan=True)
             assert intervals == intervals_again == metrics.intervals()
 
 

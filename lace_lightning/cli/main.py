@@ -29,8 +29,9 @@ TOOLS = {
     "sync": ("lace_lightning.cli.sync", "send what a dead tracking server missed"),
 }
 
-MISTAKE, INTERRUPTED = 2, 130
-"""Exit codes: of a mistake that the user can mend, and the one that shells give to a command ended by Ctrl-C."""
+MISTAKE, UNHEALTHY, INTERRUPTED = 2, 3, 130
+"""Exit codes: of a mistake that the user can mend, of a run that HealthMonitor stopped, and the one that shells give to
+a command ended by Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,9 +15,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lace_lightning.callbacks import GracefulStop, Lineage, SaveConfig, ValidationTable
+from lace_lightning.callbacks import GracefulStop, HealthMonitor, Lineage, SaveConfig, UnhealthyRun, ValidationTable
 from lace_lightning.callbacks.lineage import last_checkpoint
-from lace_lightning.cli.main import STAGES, explain
+from lace_lightning.cli.main import STAGES, UNHEALTHY, explain
 from lace_lightning.cli.next_steps import say_next
 from lace_lightning.cli.shipped import with_shipped_configs
 from lace_lightning.datamodules.base import GroupData
@@ -35,6 +35,7 @@ class LaceCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(GracefulStop, "graceful_stop")
+        parser.add_lightning_class_args(HealthMonitor, "health")
 
     def _parse_ckpt_path(self) -> None:
         """Leave the command line as it is.
@@ -63,6 +64,9 @@ def run(arguments: Sequence[str]) -> int:
     """Run one Lightning subcommand; returns the exit code."""
     try:
         cli = build(arguments)
+    except UnhealthyRun as error:
+        explain(error)
+        return UNHEALTHY
     except MISTAKES as error:
         return explain(error)
     if cli.trainer.is_global_zero and "-h" not in arguments:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
 
 from lace_lightning.traces.schema import Problem, Tag
 
@@ -37,6 +39,36 @@ class Rollout:
         chosen = self.attention_mask & ~self.forced
         chosen[..., : self.prompt_length] = False
         return chosen
+
+
+def join_rollouts(rollouts: Sequence[Rollout], pad_id: int) -> Rollout:
+    """One rollout of all groups in order: prompts padded on the left, responses on the right.
+
+    Args:
+        rollouts: at least one, with one number of threads.
+        pad_id: stands where nothing was written.
+    """
+    if len(rollouts) == 1:
+        return rollouts[0]
+    prompt = max(rollout.prompt_length for rollout in rollouts)
+    response = max(rollout.input_ids.shape[-1] - rollout.prompt_length for rollout in rollouts)
+
+    def join(name: str, fill: int | bool | float) -> Tensor:
+        parts = []
+        for rollout in rollouts:
+            part, columns = getattr(rollout, name), rollout.input_ids.shape[-1]
+            missing = (prompt - rollout.prompt_length, response - (columns - rollout.prompt_length))
+            parts.append(nn.functional.pad(part, missing, value=fill))
+        return torch.cat(parts)
+
+    return Rollout(
+        input_ids=join("input_ids", pad_id),
+        attention_mask=join("attention_mask", False),
+        forced=join("forced", False),
+        logprobs=join("logprobs", 0.0),
+        prompt_length=prompt,
+        finished=torch.cat([rollout.finished for rollout in rollouts]),
+    )
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from lace_lightning.decoding.decoder import Engine
-from lace_lightning.decoding.group import Group, Rollout
+from lace_lightning.decoding.group import Group, Rollout, join_rollouts
 from lace_lightning.decoding.sampling import Sampling
 from lace_lightning.decoding.text import make_decoder, to_groups
 from lace_lightning.traces.schema import Problem
@@ -33,6 +35,10 @@ class DecodingSpec:
         seed: groups are a function of it, of the problem and of the weights.
         engine: what computes the columns: ``plain`` calls the Hugging Face model, ``fast`` is written for decoding and
             knows some families of models and exchanges, ``auto`` takes it for those.
+        groups_at_once: groups that are decoded together; their caches must fit in memory. Null: all of a batch.
+
+    Raises:
+        ValueError: ``groups_at_once`` is below 1.
     """
 
     max_new_tokens: int = 256
@@ -41,6 +47,11 @@ class DecodingSpec:
     num_threads: int | None = None
     seed: int = 0
     engine: Engine = "auto"
+    groups_at_once: int | None = field(default=None, metadata={"neutral": True})  # has no say in what is sampled
+
+    def __post_init__(self) -> None:
+        if self.groups_at_once is not None and self.groups_at_once < 1:
+            raise ValueError(f"groups_at_once={self.groups_at_once} must be at least 1, or null for all of a batch")
 
 
 @torch.no_grad()
@@ -57,7 +68,8 @@ def play_groups(
     """Decode one group of threads per problem; the model's mode is kept.
 
     A group is a function of its problem, its text, its seed, ``spec`` and the weights: what else is in the batch has
-    no say, up to rounding.
+    no say, up to rounding. Under autocast a copy of the model with weights in autocast's dtype decodes: every column
+    reads all weights, and would convert them each time.
 
     Args:
         model: the threads' model, on its device.
@@ -81,16 +93,33 @@ def play_groups(
     _check_room(problems, prompts, max_length)
     num_threads = spec.num_threads or model.num_threads
     rules = (max(limits), spec.sampling, spec.barrier, spec.engine)
-    decoder = make_decoder(model, tokenizer, task.template, *rules)
-    environment = task.environment(problems, num_threads, tokenizer)
     was_training = model.training
     model.eval()
     try:
-        rollout = decoder.decode(prompts, num_threads, seeds, environment)
+        decoder = make_decoder(_cast_for_autocast(model), tokenizer, task.template, *rules)
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            parts = []
+            for at in _slices(len(problems), spec.groups_at_once):
+                environment = task.environment(problems[at], num_threads, tokenizer)
+                parts.append(decoder.decode(prompts[at], num_threads, seeds[at], environment))
     finally:
         model.train(was_training)
-    rollout = _cut(rollout, limits, decoder.rules.pad_id)
+    rollout = _cut(join_rollouts(parts, decoder.rules.pad_id), limits, decoder.rules.pad_id)
     return to_groups(rollout, problems, seeds, tokenizer, task.template), rollout
+
+
+def _slices(size: int, step: int | None) -> list[slice]:
+    return [slice(start, start + (step or size)) for start in range(0, size, step or size)]
+
+
+def _cast_for_autocast(model: ThreadedLM) -> ThreadedLM:
+    """The model itself, or under autocast a copy whose weights have autocast's dtype; buffers stay as they are."""
+    kind = next(model.parameters()).device.type
+    dtype = torch.get_autocast_dtype(kind)
+    if not torch.is_autocast_enabled(kind) or all(p.dtype == dtype for p in model.parameters()):
+        return model
+    cast = {id(p): nn.Parameter(p.to(dtype), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, cast)  # what is in the memo counts as copied
 
 
 def _check_room(problems: Sequence[Problem], prompts: Sequence[Sequence[int]], max_length: int) -> None:

@@ -161,6 +161,7 @@ def _engine(decoder: GroupDecoder, capacity: Capacity) -> GroupEngine:
     key = (capacity, decoder.rules, decoder.sampling, places)
     found = _ENGINES.get(decoder.model)
     if found is None or found[0] != key:
+        del found  # with it goes the old engine: two of them would double the caches
         _ENGINES.pop(decoder.model, None)
         _ENGINES[decoder.model] = (key, GroupEngine(decoder, capacity))
     return _ENGINES[decoder.model][1]

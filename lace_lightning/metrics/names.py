@@ -75,6 +75,14 @@ DIVERSITY_METRICS = {
     "edit": "mean pairwise character edit distance of the same divided by the longer length, mean over groups",
 }
 
+HEALTH_METRICS = {
+    "non_finite": "optimizer steps whose loss or gradient was not finite, since the run began",
+    "constant_reward": "batches in which all groups of every problem got the same reward, since the run began",
+    "lost_tags": "batches with valid tags in too few groups (health.least_tags), since the run began",
+    "truncated": "batches in which the length limit ended every thread, since the run began",
+    "skipped": "optimizer steps that were not taken because of any of these, since the run began",
+}
+
 DESCRIPTIONS = {
     f"{family}/{name}": description
     for family, metrics in (
@@ -90,6 +98,7 @@ DESCRIPTIONS = {
         ("diversity", DIVERSITY_METRICS),
         ("test", {"<statistic>": "the statistic of the same name under val/, of `lace test`"}),
         ("eval", {"<benchmark>/<method>/<statistic>": "a column of the tables of `lace eval`, mean over problems"}),
+        ("health", HEALTH_METRICS),
         ("system", {"<name>": "what MLflow measures of processor, memory, disk, network and GPUs, every ten seconds"}),
         ("test/tags", {"<statistic>": "the statistic of the same name under tags/, of `lace test`"}),
     )

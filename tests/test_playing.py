@@ -1,0 +1,77 @@
+"""Playing problems: how many are decoded at once and what training's precision is have no say they should not have."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lace_lightning.checkpoints import CheckpointError
+from lace_lightning.decoding import DecodingSpec, play_groups
+from lace_lightning.modules import LatticeGRPO
+from lace_lightning.threaded_lm import ThreadedLM
+from tests.helpers import wake
+from tests.stage_helpers import MAX_LENGTH, UnevenDoors, fitted, problem_data, quiet_trainer, saved, spec
+
+TASK = UnevenDoors()
+PROBLEMS = [TASK.problem(index, "test") for index in range(5)]
+DECODING = DecodingSpec(max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def model() -> ThreadedLM:
+    torch.manual_seed(0)
+    return wake(spec().build(TASK.tokenizer()))
+
+
+def play(model: ThreadedLM, decoding: DecodingSpec):
+    return play_groups(model, TASK, TASK.tokenizer(), PROBLEMS, range(5), decoding, MAX_LENGTH)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4, 99])
+def test_groups_decoded_a_few_at_a_time_are_those_decoded_together(model, at_once):
+    groups, rollout = play(model, DECODING)
+    few, joined = play(model, replace(DECODING, groups_at_once=at_once))
+    assert len({len(TASK.template.encode_prompt(p.text, TASK.tokenizer())) for p in PROBLEMS}) > 1, "unequal prompts"
+    assert [[t.token_ids for t in group.threads] for group in few] == [
+        [t.token_ids for t in group.threads] for group in groups
+    ]
+    assert joined.prompt_length == rollout.prompt_length
+    columns = min(joined.input_ids.shape[-1], rollout.input_ids.shape[-1])  # beyond the last token nothing stands
+    for name in ("input_ids", "attention_mask", "forced"):
+        assert torch.equal(getattr(joined, name)[..., :columns], getattr(rollout, name)[..., :columns])
+    torch.testing.assert_close(joined.logprobs[..., :columns], rollout.logprobs[..., :columns])
+    assert torch.equal(joined.finished, rollout.finished)
+
+
+def test_under_autocast_weights_of_its_dtype_decode_and_the_models_own_stay(model):
+    halved = spec().build(TASK.tokenizer())
+    halved.load_state_dict(model.state_dict())
+    for parameter in halved.parameters():
+        parameter.data = parameter.data.bfloat16()
+    groups, rollout = play(halved, DECODING)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, under_autocast = play(model, DECODING)
+    assert [[t.token_ids for t in group.threads] for group in found] == [
+        [t.token_ids for t in group.threads] for group in groups
+    ]
+    assert torch.equal(under_autocast.logprobs, rollout.logprobs)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_resumed_run_may_decode_fewer_groups_at_once_but_not_longer_ones(tmp_path):
+    def stage(**options):
+        return LatticeGRPO(spec(), rollout=replace(DECODING, **options), groups_per_problem=2)
+
+    first = stage()
+    fitted(first, problem_data(), max_steps=1)
+    path = str(saved(first, tmp_path / "grpo.ckpt"))
+    quiet_trainer(max_steps=2).fit(stage(groups_at_once=1), problem_data(), ckpt_path=path)
+    with pytest.raises(CheckpointError, match="max_new_tokens was 12 and is 11"):
+        quiet_trainer(max_steps=2).fit(stage(max_new_tokens=11), problem_data(), ckpt_path=path)
+
+
+def test_no_groups_at_once_is_refused():
+    with pytest.raises(ValueError, match="groups_at_once=0 must be at least 1"):
+        DecodingSpec(groups_at_once=0)
