@@ -170,6 +170,23 @@ def test_slurms_signal_saves_at_the_end_of_a_batch_and_requeues_the_job(slurm, a
     assert not list(tmp_path.glob("**/hpc_ckpt*")), "Lightning's own handler saves in the middle of a batch"
 
 
+class Finalised(CSVLogger):
+    """Notes what SIGTERM would do when the run is closed."""
+
+    at_end: Any = None
+
+    def finalize(self, status: str) -> None:
+        self.at_end = signal.getsignal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("number", "ignored"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_a_requeued_job_closes_its_run_undisturbed(slurm, tmp_path, number: int, ignored: bool) -> None:
+    logger = Finalised(tmp_path)
+    interrupt(tmp_path, "train", 1, number, logger=logger)
+    assert (logger.at_end == signal.SIG_IGN) == ignored
+    assert signal.getsignal(signal.SIGTERM) != signal.SIG_IGN
+
+
 def test_sigterm_under_slurm_saves_and_leaves_requeueing_to_slurm(slurm, tmp_path) -> None:
     """It comes with scancel, and with a preemption, after which SLURM requeues by itself."""
     code, checkpoint = interrupt(tmp_path, "train", 1, signal.SIGTERM)
