@@ -23,6 +23,7 @@ from lace_lightning.adapter import read_exchange_config
 from lace_lightning.checkpoints import RUN, TRAINED
 from lace_lightning.cli.main import main
 from lace_lightning.exchange import ExchangeConfig, Isolated
+from lace_lightning.shards import frozen, split, write
 from lace_lightning.threaded_lm import ThreadedLM
 from lace_lightning.tracking import MLflowLogger
 from tests.helpers import wake
@@ -68,6 +69,14 @@ def made(folder: Path, exchange: ExchangeConfig = LATTICE, **options: Any) -> Ru
     return run
 
 
+def in_shards(run: Run) -> Path:
+    """The run's checkpoint as the processes of FSDP2 write it."""
+    tensors, rest = split(torch.load(run.checkpoint, weights_only=True))
+    folder = run.folder / "checkpoints" / "sharded.ckpt"
+    write(tensors, frozen(rest), folder, "shards-1", None, is_first=True)
+    return folder
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     return made(tmp_path / "run")
@@ -109,6 +118,13 @@ def test_the_cards_own_lines_load_the_same_model_in_a_fresh_process(run: Run, tm
     assert torch.equal(group_logits, run.model(IDS.expand(1, NUM_THREADS, -1)))
     assert not torch.equal(group_logits[0, :1], logits), "the exchange does something"
     assert len(done.stdout.split("GROUP\n")[1].splitlines()) == NUM_THREADS
+
+
+def test_a_checkpoint_in_shards_is_exported_as_the_same_files(run: Run, tmp_path: Path) -> None:
+    for source, out in ((run.checkpoint, "file"), (str(in_shards(run)), "shards")):
+        assert main(["export", source, str(tmp_path / out)]) == 0
+    for name in ("model.safetensors", "exchange/exchange.safetensors", "config.json"):
+        assert (tmp_path / "file" / name).read_bytes() == (tmp_path / "shards" / name).read_bytes()
 
 
 def test_lora_weights_are_merged_into_the_backbone(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from lace_lightning.callbacks import StageCheckpoint
 from lace_lightning.checkpoint_io import AtomicCheckpointIO, BackgroundCheckpointIO
 from lace_lightning.checkpoints import CheckpointError, initialise, read_checkpoint
-from lace_lightning.modules import FullyShardedOnDisk, SupervisedFinetuning
+from lace_lightning.modules import ContinuedPretraining, FullyShardedOnDisk, SupervisedFinetuning, ThreadedModule
 from lace_lightning.shards import META, frozen, is_sharded, split, write
 from lace_lightning.write_queue import WriteQueue
 from tests.stage_helpers import FAST, assert_same, quiet_trainer, spec, trace_data, values
@@ -216,12 +216,26 @@ def stage(seed: int = 1) -> SupervisedFinetuning:
     return SupervisedFinetuning(spec(), FAST)
 
 
-def fitted_on_disk(module: SupervisedFinetuning, folder: Path, max_steps: int, **options: Any) -> None:
+def fitted_on_disk(module: ThreadedModule, folder: Path, max_steps: int, resume: Path | None = None) -> None:
     saver = StageCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1, save_last=True)
-    trainer = quiet_trainer(
-        max_steps, [saver], enable_checkpointing=True, strategy=FullyShardedOnDisk(), devices=1, **options
-    )
-    trainer.fit(module, trace_data(), ckpt_path=options.pop("resume", None))
+    trainer = quiet_trainer(max_steps, [saver], enable_checkpointing=True, strategy=FullyShardedOnDisk(), devices=1)
+    trainer.fit(module, trace_data(), ckpt_path=resume)
+
+
+def test_a_stage_with_a_frozen_backbone_resumes_from_shards_of_what_it_trains(tmp_path: Path) -> None:
+    def cpt() -> ContinuedPretraining:
+        torch.manual_seed(1)
+        return ContinuedPretraining(spec(), FAST)
+
+    whole, rest = cpt(), cpt()
+    fitted_on_disk(whole, tmp_path / "whole", max_steps=5)
+    saved = tmp_path / "whole" / "step=2.ckpt"
+    assert {name.split(".")[1] for name in read_checkpoint(saved)["state_dict"]} == {"exchanges"}
+    fitted_on_disk(rest, tmp_path / "rest", max_steps=5, resume=saved)
+    ends = [read_checkpoint(tmp_path / name / "last.ckpt") for name in ("whole", "rest")]
+    assert_same(*(end["state_dict"] for end in ends))
+    moments = [end["optimizer_states"][0]["state"] for end in ends]
+    assert all(torch.equal(moments[0][i]["exp_avg_sq"], moments[1][i]["exp_avg_sq"]) for i in moments[0])
 
 
 def test_a_sharded_checkpoint_of_another_model_is_refused_before_anything_changes(tmp_path: Path) -> None:
