@@ -223,15 +223,14 @@ def fitted_on_disk(module: ThreadedModule, folder: Path, max_steps: int, resume:
 
 
 def test_a_stage_with_a_frozen_backbone_resumes_from_shards_of_what_it_trains(tmp_path: Path) -> None:
-    def cpt() -> ContinuedPretraining:
-        torch.manual_seed(1)
-        return ContinuedPretraining(spec(), FAST)
+    def run(folder: Path, resume: Path | None = None) -> None:
+        torch.manual_seed(1)  # of the backbone
+        fitted_on_disk(ContinuedPretraining(spec(), FAST), folder, max_steps=5, resume=resume)
 
-    whole, rest = cpt(), cpt()
-    fitted_on_disk(whole, tmp_path / "whole", max_steps=5)
+    run(tmp_path / "whole")
     saved = tmp_path / "whole" / "step=2.ckpt"
     assert {name.split(".")[1] for name in read_checkpoint(saved)["state_dict"]} == {"exchanges"}
-    fitted_on_disk(rest, tmp_path / "rest", max_steps=5, resume=saved)
+    run(tmp_path / "rest", resume=saved)
     ends = [read_checkpoint(tmp_path / name / "last.ckpt") for name in ("whole", "rest")]
     assert_same(*(end["state_dict"] for end in ends))
     moments = [end["optimizer_states"][0]["state"] for end in ends]
