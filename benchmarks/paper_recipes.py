@@ -3,7 +3,7 @@
     python3 benchmarks/paper_recipes.py --size 1.7b --tokenizer FOLDER --problems dapo_math_17k.jsonl.gz
 
 Runs ``lace fit`` with the recipe's own files. Replaced is only what cannot be had without a network: the backbone's
-weights (random ones of its architecture), its tokenizer (a folder) and the traces (made-up threads of some 2,900 tokens).
+weights (random ones of its architecture), its tokenizer (a folder) and the traces (made-up threads, some 2,900 tokens).
 Threads of random weights do not end, so rollouts are as long as the recipe allows. Writes after every stage
 ``recipes_<size>_<date>.json``: seconds, tokens, peak memory, loss of each step. CPT and SFT take three steps, the first
 of which compiles; Lattice GRPO takes one.

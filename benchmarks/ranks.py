@@ -95,7 +95,11 @@ def launch(case: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         file = Path(folder, "cells.json")
         run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command = [sys.executable, *(run if processes > 1 else []), __file__, *sys.argv[1:]]
-        environment = os.environ | {"PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "4"}
+        threads = str(max(1, min(8, (os.cpu_count() or 1) // processes)))
+        environment = os.environ | {
+            "PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}",
+            "OMP_NUM_THREADS": threads,
+        }
         process = subprocess.run([*command, "--worker", case, str(file)], env=environment)
         if process.returncode:
             print(f"{case} failed with exit code {process.returncode}", file=sys.stderr)
@@ -180,7 +184,8 @@ def measure(case: str, stage: str, options: argparse.Namespace) -> dict[str, Any
     torch.manual_seed(0)
     module, data, tokens = sft(options) if stage == "sft" else grpo(options)
     trainer.fit(module, data)
-    peak = torch.tensor(torch.cuda.max_memory_allocated() if on_cuda else 0, device=module.device)
+    # Not the module's device: after the fit it stands on the CPU again, where NCCL gathers nothing.
+    peak = torch.tensor(torch.cuda.max_memory_allocated() if on_cuda else 0, device=trainer.strategy.root_device)
     peaks = trainer.strategy.all_gather(peak).reshape(-1).tolist()
     seconds = [after - before for before, after in zip(watch.marks[warmup - 1 :], watch.marks[warmup:], strict=False)]
     return {

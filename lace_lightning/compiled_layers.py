@@ -15,6 +15,9 @@ MAX_GRAPHS = 64
 """Graphs per kind of layer before torch falls back to uncompiled code: with and without exchange, mask and gradients,
 in training and evaluation, and each once for the first length and once for all others."""
 
+_OPTIONS: dict[str, Any] = {} if torch.__version__ >= "2.13" else {"triton.mix_order_reduction": False}
+"""Before torch 2.13 the fused gradients of a norm forget the brackets around a sum of lengths: prompt + threads."""
+
 
 def compile_layers(backbone: nn.Module) -> None:
     """Let the decoder layers of a connected backbone run compiled wherever no cache is filled.
@@ -55,4 +58,4 @@ class _CompiledForward:
 @cache
 def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The forward of a class of layers: once compiled, it serves each of them."""
-    return torch.compile(forward)
+    return torch.compile(forward, options=_OPTIONS)

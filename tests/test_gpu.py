@@ -282,6 +282,26 @@ def test_layers_compiled_by_inductor_keep_loss_and_gradients_at_every_length(bac
             assert (compiled - gradient).norm() < 0.1 * gradient.norm()
 
 
+def test_layers_compiled_by_inductor_take_long_groups_with_prompts_of_any_length():
+    """From 4,096 rows on Inductor fuses both gradients of a norm; torch 2.11 does it wrong where rows are a sum."""
+    model = cuda_lm(CONFIGS["causal"], "bfloat16").train()
+    torch._dynamo.reset()
+
+    def gradient(prompt: int, columns: int) -> Tensor:
+        model.zero_grad()
+        ids = random_ids(2, 3, columns, seed=columns).cuda()
+        ids[..., :prompt] = ids[:, :1, :prompt]
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        model.mean_nll(ids, mask, mask, prompt_length=prompt).backward()
+        return torch.cat([p.grad.flatten().float() for p in model.parameters()])
+
+    sizes = ((300, 2000), (411, 2333), (57, 1801))
+    expected = [gradient(*size) for size in sizes]
+    compile_layers(model.backbone)
+    for size, one in zip(sizes, expected, strict=True):
+        assert (gradient(*size) - one).norm() < 0.1 * one.norm()
+
+
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_the_fused_cross_entropy_is_that_of_float64_logits(softcap):
     hidden, weight = (torch.randn(*shape, device="cuda").bfloat16() for shape in ((300, 64), (1000, 64)))
