@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
+from lace_lightning import shards
 from lace_lightning.callbacks import StageCheckpoint
 from lace_lightning.checkpoint_io import AtomicCheckpointIO, BackgroundCheckpointIO
 from lace_lightning.modules import FullyShardedOnDisk, OptimizerSpec, SupervisedFinetuning
@@ -40,9 +42,26 @@ def strategy_of(name: str) -> Strategy | str:
     return FullyShardedOnDisk() if name == "fsdp" else "auto"
 
 
+def fill_disk(of: str | None) -> None:
+    """No space for the shards of rank one, or for what rank zero writes beside the shards, from step 6 on."""
+    if int(os.environ.get("RANK", 0)) != {"shards": 1, "meta": 0}.get(of or ""):
+        return
+
+    def full(self: Any, *args: Any, **kwargs: Any) -> Any:
+        path = Path(self.path if of == "shards" else self)
+        if "step=6" in str(path):
+            raise OSError(28, "No space left on device", str(path))
+        return original(self, *args, **kwargs)
+
+    place, name = (dcp.FileSystemWriter, "write_data") if of == "shards" else (shards, "whole_file")
+    original = getattr(place, name)
+    setattr(place, name, full)
+
+
 def main(strategy: str, folder: str, options: dict[str, Any]) -> None:
-    """Options: ``steps`` to end at, a checkpoint to ``resume``, the step to ``save`` at, ``background``."""
+    """Options: ``steps`` to end at, a checkpoint to ``resume``, the step to ``save`` at, ``background``, ``full``."""
     torch.set_num_threads(1)
+    fill_disk(options.get("full"))
     num_processes, num_nodes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("NUM_NODES", 1))
     data = trace_data(batch_size=GLOBAL_BATCH // (num_processes * num_nodes), num_traces=18, jitter=2, seed=3)
     losses, save = Losses(), options.get("save", 3)

@@ -267,15 +267,19 @@ def test_a_failed_write_of_shards_ends_the_run_and_leaves_the_last_whole_one(tmp
 STEPS, SAVED_AT = 7, 3
 
 
-def trained(folder: Path, num_processes: int, strategy: str, **options: Any) -> dict[str, float]:
-    """The losses of a run of ``tests.resume_worker`` by step; each rank's are checked to be the same."""
+def ran(folder: Path, num_processes: int, strategy: str, options: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """A run of ``tests.resume_worker``."""
     folder.mkdir()
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
     worker = ["-m", "tests.resume_worker", strategy, str(folder), json.dumps(options)]
     command = [sys.executable, *(launcher if num_processes > 1 else []), *worker]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def trained(folder: Path, num_processes: int, strategy: str, **options: Any) -> dict[str, float]:
+    """The losses of a run by step; each rank's are checked to be the same."""
+    done = ran(folder, num_processes, strategy, options)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads((folder / f"losses{rank}.json").read_text()) for rank in range(num_processes)]
     assert all(losses == found[0] for losses in found)
@@ -304,3 +308,12 @@ def test_a_run_goes_on_with_the_same_curve_on_other_processes(
     rest = trained(tmp_path / "rest", num_processes, strategy, resume=str(saved), background=True)
     assert list(rest) == [str(step) for step in range(SAVED_AT + 1, STEPS + 1)]
     assert rest == pytest.approx({step: losses[step] for step in rest}, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["shards", "meta"])
+def test_a_full_disk_of_one_process_ends_all_and_leaves_the_last_whole_checkpoint(what: str, tmp_path: Path) -> None:
+    done = ran(tmp_path / "run", 2, "fsdp", {"full": what})
+    assert done.returncode != 0 and "No space left on device" in done.stderr
+    assert is_sharded(tmp_path / "run" / f"step={SAVED_AT}.ckpt") and not is_sharded(tmp_path / "run" / "step=6.ckpt")
+    assert read_checkpoint(tmp_path / "run" / "last.ckpt")["global_step"] == SAVED_AT
