@@ -141,10 +141,7 @@ def _tracked(run_id: str | None) -> dict[str, float]:
 
 def _next(given: argparse.Namespace) -> list[tuple[str, str]]:
     out = shlex.quote(str(given.out))
-    steps = [
-        ("read its card", f"cat {out}/README.md"),
-        ("decode a group with it", f"lace generate --model {out} --exchange {out}/exchange PROMPT"),
-    ]
+    steps = [("read its card, which ends with the lines that load it", f"cat {out}/README.md")]
     if given.push_to_hub is None:
         again = shlex.join([str(given.ckpt), str(given.out), "--config", str(given.config)])
         steps.append(
