@@ -8,7 +8,7 @@ INSTALLED := .venv/installed
 # Many threads per process only get in each other's way: models are tiny, and the tests run in two processes.
 test: export OMP_NUM_THREADS = 1
 
-.PHONY: help demo test lint types check
+.PHONY: help demo test lint types check dist
 
 help:
 	@echo 'make demo    train and compare threads that talk and threads that do not (minutes, CPU)'
@@ -16,6 +16,7 @@ help:
 	@echo 'make lint    ruff: style and formatting'
 	@echo 'make types   mypy'
 	@echo 'make check   lint, types and test'
+	@echo 'make dist    wheel and source distribution of the last commit, the same bytes everywhere'
 
 demo: $(INSTALLED)
 	$(BIN)/lace demo
@@ -31,6 +32,9 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 check: lint types test
+
+dist: $(INSTALLED)
+	tools/dist.sh $(BIN)/python dist
 
 # torch comes first and alone: the pinned version settles which build is used before anything else can ask for one.
 # setuptools builds this project without an isolated environment of its own.

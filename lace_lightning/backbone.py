@@ -121,6 +121,16 @@ def connect(backbone: PreTrainedModel) -> None:
             layer.register_forward_hook(_LayerHook(layer_idx), with_kwargs=True)
 
 
+def checkpoint_layers(backbone: PreTrainedModel) -> None:
+    """Recompute the decoder layers' activations in the backward pass.
+
+    transformers then makes the embedding's output ask for gradients, which only reentrant checkpoints need: below a
+    frozen backbone's first lattice layer they would be computed, and every layer's input kept, for nothing.
+    """
+    backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    backbone.disable_input_require_grads()
+
+
 class _LayerHook:
     """A forward hook that lets the exchange of this layer read at the layer's output."""
 

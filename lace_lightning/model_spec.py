@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import nn
 
+from lace_lightning.backbone import checkpoint_layers
 from lace_lightning.compiled_layers import compile_layers
 from lace_lightning.exchange import ExchangeConfig, Isolated
 from lace_lightning.threaded_lm import ThreadedLM
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -72,25 +73,46 @@ class ModelSpec:
                 "data.tokenizer and model.spec do not belong together"
             )
         if self.gradient_checkpointing:
-            backbone.gradient_checkpointing_enable({"use_reentrant": False})
-        if self.lora is not None:
-            from peft import LoraConfig, get_peft_model
-
-            backbone = get_peft_model(backbone, LoraConfig(task_type="CAUSAL_LM", **self.lora))  # type: ignore[assignment]
-        model = ThreadedLM(backbone, self.exchange, self.num_threads, self.layers, tokenizer)
+            checkpoint_layers(backbone)
+        model = self._with_threads(backbone, tokenizer)
         if self.compile:
             compile_layers(model.backbone)
         return model
 
-    def _backbone(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    def outline(self, tokenizer: PreTrainedTokenizerBase) -> ThreadedLM:
+        """The model on the meta device: all its shapes and none of its weights; of a backbone only the config is read.
+
+        Raises:
+            OSError: the backbone's config cannot be read.
+        """
         from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = self._config(tokenizer) if self.backbone is None else AutoConfig.from_pretrained(self.backbone)
+        with torch.device("meta"):
+            backbone = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.dtype))
+            return self._with_threads(backbone, tokenizer)
+
+    def _with_threads(self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ThreadedLM:
+        if self.lora is not None:
+            from peft import LoraConfig, get_peft_model
+
+            backbone = get_peft_model(backbone, LoraConfig(task_type="CAUSAL_LM", **self.lora))  # type: ignore[assignment]
+        return ThreadedLM(backbone, self.exchange, self.num_threads, self.layers, tokenizer)
+
+    def _backbone(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        from transformers import AutoModelForCausalLM
 
         options: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
         if self.backbone is not None:
-            return AutoModelForCausalLM.from_pretrained(self.backbone, **options)
+            return AutoModelForCausalLM.from_pretrained(self.backbone, trust_remote_code=False, **options)
+        return AutoModelForCausalLM.from_config(self._config(tokenizer), **options)
+
+    def _config(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+        """Settings of the model with random weights."""
+        from transformers import AutoConfig
+
         settings = {"vocab_size": len(tokenizer)} | self.architecture
         special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-        config = AutoConfig.for_model(settings.pop("model_type"), **(special | settings))
-        return AutoModelForCausalLM.from_config(config, **options)
+        return AutoConfig.for_model(settings.pop("model_type"), **(special | settings))

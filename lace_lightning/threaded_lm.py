@@ -83,9 +83,14 @@ class ThreadedLM(nn.Module):
         layers: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> ThreadedLM:
-        """Load backbone and tokenizer by hub name or folder; ``kwargs`` go to ``AutoModelForCausalLM``."""
-        backbone = AutoModelForCausalLM.from_pretrained(name, **kwargs)
-        return cls(backbone, exchange, num_threads, layers, AutoTokenizer.from_pretrained(name))
+        """Load backbone and tokenizer by hub name or folder; ``kwargs`` go to ``AutoModelForCausalLM``.
+
+        Code that lies with a model runs only with ``trust_remote_code=True``.
+        """
+        trust = kwargs.pop("trust_remote_code", False)
+        backbone = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+        return cls(backbone, exchange, num_threads, layers, tokenizer)
 
     # ---------------------------------------------------------------- forward
 

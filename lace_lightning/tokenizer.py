@@ -38,6 +38,7 @@ def _pretrained_tokenizer(source: str) -> PreTrainedTokenizerBase:
     if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
         raise ValueError(f"tokenizer={source!r}: no such folder")
     try:
-        return AutoTokenizer.from_pretrained(str(Path(source).expanduser()) if source.startswith("~") else source)
+        name = str(Path(source).expanduser()) if source.startswith("~") else source
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # the default would ask whoever watches
     except (OSError, ValueError) as error:
         raise ValueError(f"tokenizer={source!r}: cannot be loaded; give a folder or a hub name ({error})") from error

@@ -129,6 +129,8 @@ def test_missing_and_foreign_tensors_are_named(tmp_path):
 
 def test_weights_keep_the_dtype_of_the_model_that_loads_them(tmp_path):
     tiny_lm(EXCHANGES["causal"]).save_exchange(tmp_path)
-    rounded = ThreadedLM(tiny_backbone(dtype="bfloat16"), LatticeAttentionConfig(width=16, heads=2), layers=[1, 2])
+    rounded = ThreadedLM(
+        tiny_backbone(dtype="bfloat16"), LatticeAttentionConfig(scope="causal", width=16, heads=2), layers=[1, 2]
+    )
     rounded.load_exchange(tmp_path)
     assert {p.dtype for p in rounded.exchange_parameters()} == {torch.bfloat16}

@@ -22,7 +22,7 @@ MECHANISM = ("lattice", "exchange", "packing", "backbone", "compiled_layers", "l
 MECHANISM += ("adapter", "decoding", "engine")
 DATA = ("traces", "tasks", "puzzles", "verification", "synthesis", "agents")
 MEASUREMENT = ("embedding", "diversity", "rewards", "policy_loss", "metrics", "figures", "viewer", "bench")
-MEASUREMENT += ("evaluation", "tokenizer")
+MEASUREMENT += ("evaluation", "tokenizer", "memory")
 ABOVE = {
     "datamodules": {"modules", "callbacks", "cli"},
     "modules": {"callbacks", "cli"},

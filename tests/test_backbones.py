@@ -280,7 +280,7 @@ def test_extra_parameters_are_counted_and_the_default_stays_below_one_per_cent_o
         tie_word_embeddings=True,
     )
     with torch.device("meta"):
-        large = ThreadedLM(AutoModelForCausalLM.from_config(config), LatticeAttentionConfig())
+        large = ThreadedLM(AutoModelForCausalLM.from_config(config), LatticeAttentionConfig(scope="causal"))
     counts = large.parameter_counts()
     assert counts["exchange"] == 7 * count(128, 2048)
     assert counts["exchange"] / counts["backbone"] == pytest.approx(0.0025, abs=2e-4)  # LACE.md §3: 0.25 %
@@ -503,14 +503,14 @@ def deepseek():
 )
 def test_models_that_cannot_carry_an_exchange_say_why(make, reason):
     with pytest.raises(BackboneError, match=reason):
-        ThreadedLM(make(), LatticeAttentionConfig(width=8, heads=2))
+        ThreadedLM(make(), LatticeAttentionConfig(scope="causal", width=8, heads=2))
 
 
 @pytest.mark.parametrize("layers", [[0, 1], [1, 3], []], ids=str)
 def test_hybrid_models_are_refused_also_where_no_exchange_touches_their_other_layers(layers):
     """A convolution or a recurrent state moves on over waiting columns: an isolated thread with holes would differ."""
     with pytest.raises(BackboneError, match="Lfm2ForCausalLM has layers of type conv"):
-        ThreadedLM(lfm2(), LatticeAttentionConfig(width=8, heads=2), layers=layers)
+        ThreadedLM(lfm2(), LatticeAttentionConfig(scope="causal", width=8, heads=2), layers=layers)
 
 
 def test_a_layer_whose_attention_is_not_reached_is_named():
@@ -522,7 +522,7 @@ def test_a_layer_whose_attention_is_not_reached_is_named():
 
 def test_attention_of_another_width_than_the_config_says_is_refused():
     with pytest.raises(BackboneError, match="DeepseekV3ForCausalLM cannot carry the exchange on layers"):
-        ThreadedLM(deepseek(), LatticeAttentionConfig(width=8, heads=2))
+        ThreadedLM(deepseek(), LatticeAttentionConfig(scope="causal", width=8, heads=2))
 
 
 def test_an_unknown_attention_implementation_is_named():

@@ -107,7 +107,7 @@ def test_flash_is_taken_where_it_can_be_used(monkeypatch):
 
     monkeypatch.setitem(flash.KERNELS, "plain", replace(PLAIN_KERNEL, forward=forward))
     hidden, visible = lattice_input()
-    apply(build(LatticeAttentionConfig(width=8, heads=2, backend="flash")), hidden, visible)
+    apply(build(LatticeAttentionConfig(scope="causal", width=8, heads=2, backend="flash")), hidden, visible)
     assert len(calls) == 1 and chosen("flash", mask_of(Topology())) == "flash"
 
 
@@ -176,13 +176,13 @@ def test_kernels_get_whole_steps_of_eight_and_plain_widths_where_all_is_visible(
 
 
 def test_a_single_thread_that_excludes_itself_reads_nothing():
-    block = build(LatticeAttentionConfig(width=8, heads=2, own="exclude", backend="flash"))
+    block = build(LatticeAttentionConfig(scope="causal", width=8, heads=2, own="exclude", backend="flash"))
     hidden, visible = (x[:, :1] for x in lattice_input())
     assert torch.equal(apply(block, hidden, visible), hidden)
 
 
 def test_models_take_flash_like_any_other_backend():
-    model = tiny_lm(LatticeAttentionConfig(width=16, heads=2, backend="flash"))
-    other = tiny_lm(LatticeAttentionConfig(width=16, heads=2, backend="eager"))
+    model = tiny_lm(LatticeAttentionConfig(scope="causal", width=16, heads=2, backend="flash"))
+    other = tiny_lm(LatticeAttentionConfig(scope="causal", width=16, heads=2, backend="eager"))
     ids = torch.randint(1, 40, (2, 3, 9))
     torch.testing.assert_close(model(ids), other(ids), rtol=0, atol=1e-4)

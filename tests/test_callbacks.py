@@ -40,7 +40,7 @@ QWEN = dict(
     model_type="qwen3", hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2,
     num_key_value_heads=1, head_dim=8, max_position_embeddings=64,
 )  # fmt: skip
-LATTICE = LatticeAttentionConfig(width=8, heads=2)
+LATTICE = LatticeAttentionConfig(scope="causal", width=8, heads=2)
 IN_NAMES = {"<i>": r"\d+"} | dict.fromkeys(["<name>", "<statistic>", "<benchmark>", "<method>"], r"\w+")
 
 

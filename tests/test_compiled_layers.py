@@ -62,7 +62,7 @@ def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
     [
         *(EXCHANGES[name] for name in ("aligned-others", "same-step", "top-k", "shared-slots")),
         # By name: "auto" changes its mind within these lengths.
-        *(LatticeAttentionConfig(width=16, heads=2, backend=backend) for backend in ("sdpa", "flash")),
+        *(LatticeAttentionConfig(scope="causal", width=16, heads=2, backend=backend) for backend in ("sdpa", "flash")),
     ],
     ids=lambda config: f"{type(config).__name__}-{getattr(config, 'scope', '')}-{getattr(config, 'backend', '')}",
 )

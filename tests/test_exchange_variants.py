@@ -247,9 +247,9 @@ def test_columns_fed_one_by_one_read_what_one_pass_reads(config):
 
 def test_equal_confidences_leave_every_token_to_its_own_thread():
     hidden, visible = lattice_input()
-    block = build(ConfidentAttentionConfig(**STILL))
+    block = build(ConfidentAttentionConfig(**STILL, scope="causal"))
     torch.nn.init.zeros_(block.confidence.weight)
-    alone = build(LatticeAttentionConfig(width=8, heads=2, time_dims=0, thread_dims=0, own="only"))
+    alone = build(LatticeAttentionConfig(scope="causal", width=8, heads=2, time_dims=0, thread_dims=0, own="only"))
     full = torch.ones_like(visible)
     assert_close(apply(block, hidden, full), apply(alone, hidden, full))
 
@@ -257,7 +257,7 @@ def test_equal_confidences_leave_every_token_to_its_own_thread():
 def test_the_choice_is_continuous_where_two_threads_change_places():
     """A nudge of rounding's size moves the output by about as much, not by a whole thread's share."""
     hidden, visible = (x[:, :, :1] for x in lattice_input())
-    block = build(ConfidentAttentionConfig(**STILL))
+    block = build(ConfidentAttentionConfig(**STILL, scope="causal"))
     same = hidden.clone()
     same[:, 1] = same[:, 0]
     up, down = same.clone(), same.clone()
@@ -269,7 +269,7 @@ def test_the_choice_is_continuous_where_two_threads_change_places():
 
 def test_gradients_are_finite_however_hard_the_choice():
     hidden, visible = lattice_input()
-    block = build(ConfidentAttentionConfig(**STILL | {"margin": 1e-4}), torch.float32)
+    block = build(ConfidentAttentionConfig(**STILL | {"margin": 1e-4}, scope="causal"), torch.float32)
     for gradient in values_and_gradients(block, hidden.float(), visible, functional().float()).values():
         assert gradient.isfinite().all()
 

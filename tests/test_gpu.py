@@ -22,8 +22,8 @@ pytestmark = pytest.mark.gpu
 
 # Heads of 16, the least that FlexAttention's kernels take.
 CONFIGS = {
-    "causal": LatticeAttentionConfig(width=32, heads=2),
-    "causal-others": LatticeAttentionConfig(width=32, heads=2, own="exclude"),
+    "causal": LatticeAttentionConfig(scope="causal", width=32, heads=2),
+    "causal-others": LatticeAttentionConfig(scope="causal", width=32, heads=2, own="exclude"),
     "window": LatticeAttentionConfig(width=32, heads=2, scope="window", window=9),
     "window-others": LatticeAttentionConfig(width=32, heads=2, scope="window", window=9, own="exclude"),
     "aligned-others": LatticeAttentionConfig(width=32, heads=2, scope="aligned", own="exclude"),
@@ -89,7 +89,7 @@ def test_flash_equals_float64_in_values_and_gradients(config, columns, kernel):
 
 @pytest.mark.parametrize("width", [32, 64, 128, 256], ids=lambda width: f"head-width-{width // 2}")
 def test_flash_takes_many_head_widths(width, kernel):
-    compare(LatticeAttentionConfig(width=width, heads=2, backend="flash"), torch.bfloat16)
+    compare(LatticeAttentionConfig(scope="causal", width=width, heads=2, backend="flash"), torch.bfloat16)
 
 
 @pytest.mark.parametrize("columns", [200, 2048])
@@ -110,7 +110,7 @@ def test_flash_reads_all_visible_lattices_without_a_wider_head(columns, kernel):
 
 @pytest.mark.parametrize("heads", [2, 4, 8], ids=lambda heads: f"head-width-{32 // heads}")
 def test_auto_runs_long_lattices_whatever_the_head_width(heads):
-    compare(LatticeAttentionConfig(width=32, heads=heads), torch.float32, columns=300)
+    compare(LatticeAttentionConfig(scope="causal", width=32, heads=heads), torch.float32, columns=300)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_flex_stays_compiled_over_many_lengths():
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "flex", "flash"])
 def test_queries_that_may_read_nothing_get_exactly_zero_and_no_gradient(backend):
-    config = LatticeAttentionConfig(width=32, heads=2, own="exclude", backend=backend)
+    config = LatticeAttentionConfig(scope="causal", width=32, heads=2, own="exclude", backend=backend)
     block = build(config, torch.bfloat16, "cuda")
     hidden = torch.randn(1, 2, 80, WIDTH, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     visible = torch.ones(1, 2, 80, dtype=torch.bool, device="cuda")
@@ -336,7 +336,7 @@ def test_tokens_on_the_gpu_are_scored_there():
 
 # ---------------------------------------------------------------- the fast engine
 
-ENGINE = LatticeAttentionConfig(width=64, heads=2)
+ENGINE = LatticeAttentionConfig(scope="causal", width=64, heads=2)
 ENGINE_CASES = {
     "none": (None, 4),
     "small": (ENGINE, 4),  # all of a group in one program
@@ -344,7 +344,7 @@ ENGINE_CASES = {
     "aligned": (replace(ENGINE, scope="aligned", own="exclude"), 4),
     "aligned-many": (replace(ENGINE, scope="aligned"), 40),
     "window": (replace(ENGINE, scope="window", window=7), 12),
-    "wide": (LatticeAttentionConfig(width=512, heads=16), 4),  # the gate passes in blocks
+    "wide": (LatticeAttentionConfig(scope="causal", width=512, heads=16), 4),  # the gate passes in blocks
 }
 
 

@@ -108,7 +108,9 @@ CONFIGS = [
     LatticeAttentionConfig(width=8, heads=2, scope=scope, window=window, own=own, rotary_base=50.0)
     for (scope, window), own in itertools.product(SCOPES, OWN)
 ] + [
-    LatticeAttentionConfig(width=12, heads=2, time_dims=time_dims, thread_dims=thread_dims, rotary_base=50.0)
+    LatticeAttentionConfig(
+        scope="causal", width=12, heads=2, time_dims=time_dims, thread_dims=thread_dims, rotary_base=50.0
+    )
     for time_dims, thread_dims in [(0, 0), (6, 0), (0, 6), (2, 4), (2, 2)]
 ]
 
@@ -181,10 +183,10 @@ def test_backends_agree_on_long_lattices(dtype):
 @pytest.mark.parametrize(
     "config",
     [
-        LatticeAttentionConfig(width=4, heads=1, own="exclude", backend="eager"),
-        LatticeAttentionConfig(width=4, heads=1, own="exclude", backend="sdpa"),
+        LatticeAttentionConfig(scope="causal", width=4, heads=1, own="exclude", backend="eager"),
+        LatticeAttentionConfig(scope="causal", width=4, heads=1, own="exclude", backend="sdpa"),
         LatticeAttentionConfig(width=4, heads=1, scope="window", window=1, backend="sdpa"),
-        LatticeAttentionConfig(width=4, heads=1, own="exclude", backend="flash"),
+        LatticeAttentionConfig(scope="causal", width=4, heads=1, own="exclude", backend="flash"),
         LatticeAttentionConfig(width=4, heads=2, scope="window", window=2, backend="flash"),
         LatticeAttentionConfig(width=4, heads=1, scope="aligned", own="exclude", backend="eager"),
         LatticeAttentionConfig(width=8, heads=2, scope="aligned", own="exclude", backend="auto"),
@@ -251,7 +253,7 @@ def test_columns_fed_one_by_one_through_the_cache_read_what_one_pass_reads(confi
 
 def test_only_differences_of_lattice_time_matter():
     hidden, visible = lattice_input()
-    block = build(LatticeAttentionConfig(width=8, heads=2))
+    block = build(LatticeAttentionConfig(scope="causal", width=8, heads=2))
     early, late = (apply(block, hidden, visible, first_time=t) for t in (-7, 900))
     torch.testing.assert_close(early, late, rtol=0, atol=1e-11)
 
@@ -259,7 +261,9 @@ def test_only_differences_of_lattice_time_matter():
 def test_rotation_by_time_and_thread_both_change_the_result():
     hidden, visible = lattice_input()
     outputs = [
-        apply(build(LatticeAttentionConfig(width=8, heads=2, time_dims=t, thread_dims=n)), hidden, visible)
+        apply(
+            build(LatticeAttentionConfig(scope="causal", width=8, heads=2, time_dims=t, thread_dims=n)), hidden, visible
+        )
         for t, n in [(0, 0), (2, 0), (0, 2), (2, 2)]
     ]
     for one, other in itertools.combinations(outputs, 2):
@@ -323,7 +327,7 @@ def test_settings_that_do_not_fit_are_named(settings, named):
 
 def test_bfloat16_blocks_stay_near_the_reference():
     """bf16 keeps 8 bits: outputs within two per cent of their size, far times told apart by float32 angles."""
-    config = LatticeAttentionConfig(width=8, heads=2)
+    config = LatticeAttentionConfig(scope="causal", width=8, heads=2)
     hidden, visible = lattice_input()
     found = apply(build(config, torch.bfloat16), hidden.bfloat16(), visible).double()
     assert_same({"output": found}, expected_values_and_gradients(config), 0.02)

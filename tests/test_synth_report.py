@@ -96,7 +96,7 @@ def test_cross_ratio_is_zero_for_threads_that_read_only_themselves_and_one_for_t
     )  # fmt: skip
     ratios = {}
     for own in ("only", "include", "exclude"):
-        exchange = LatticeAttentionConfig(width=8, heads=2, own=own)
+        exchange = LatticeAttentionConfig(scope="causal", width=8, heads=2, own=own)
         model = ThreadedLM(AutoModelForCausalLM.from_config(config), exchange, 3, tokenizer=tokenizer)
         ratios[own] = cross_ratio(model.eval(), collate, traces, batch_size=2)
     assert ratios["only"] == 0 and ratios["exclude"] == pytest.approx(1) and 0.3 < ratios["include"] < 0.7

@@ -153,7 +153,7 @@ def test_reads_are_the_largest_weights_of_the_eager_backend_on_other_threads(sco
 
 
 def test_reads_are_recorded_only_on_request_and_only_where_attention_is():
-    attention = LatticeAttentionConfig(width=8, heads=2)
+    attention = LatticeAttentionConfig(scope="causal", width=8, heads=2)
     gateless = SameStepConfig(width=8, heads=2)
     for exchange, keep, has_gates in [
         (attention, {}, False), (attention, {"keep_gates": True}, True), (gateless, {"keep_reads": True}, False)

@@ -55,7 +55,7 @@ def load_config(shape: str) -> PreTrainedConfig:
         settings = dict(SHAPES[shape])
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     elif Path(shape).exists():
-        config = AutoConfig.from_pretrained(shape)
+        config = AutoConfig.from_pretrained(shape, trust_remote_code=False)
     else:
         raise ValueError(f"--shape {shape} is neither a config.json (or its folder) nor one of {', '.join(SHAPES)}")
     config.eos_token_id = config.bos_token_id = config.pad_token_id = None  # nothing ends a measured thread

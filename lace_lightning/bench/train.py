@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lace_lightning.backbone import checkpoint_layers
 from lace_lightning.bench import floors
 from lace_lightning.bench.bench import Bench, joined
 from lace_lightning.bench.clock import CaseFailed, free_memory, spread
@@ -73,7 +74,7 @@ class Trainee:
 def prepare(model: ThreadedLM, grid: Grid) -> ThreadedLM:
     """Set the model up as :class:`~lace_lightning.model_spec.ModelSpec` does it for training."""
     if grid.checkpointing:
-        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model.backbone)
     if grid.compile:
         compile_layers(model.backbone)
     return model.train()

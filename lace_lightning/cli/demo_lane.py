@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lace_lightning.cli.demo_plan import Step
+from lace_lightning.cli.discretion import be_discreet
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class LaneOptions:
 def run_lane(name: str, steps: Sequence[Step], options: LaneOptions, events: Queue[Event]) -> None:
     """Run the steps; everything they print goes to ``<folder>/<name>.log``. Exits with code 1 if one fails."""
     _write_output_to(options.folder / f"{name}.log")
+    be_discreet()
     import torch
 
     torch.set_num_threads(options.num_cpu_threads)

@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(spec: EvaluationSpec, meanings: dict[str, Any], settings: dict[str, Any]) -> int:
     from lace_lightning.evaluation.spec import evaluate
+    from lace_lightning.tracking.redact import redact
 
     with _progress() as progress:
 
@@ -93,7 +94,8 @@ def _run(spec: EvaluationSpec, meanings: dict[str, Any], settings: dict[str, Any
             task = progress.add_task("", total=total)
             return lambda name, count: progress.update(task, advance=count, description=name)
 
-        evaluate(spec, meanings, start)
+        kept: Any = redact(meanings)
+        evaluate(spec, kept, start)
     num_failures = _render(Path(spec.output), None, log=(spec, settings))
     return 1 if num_failures else 0
 
@@ -148,6 +150,7 @@ def _render(folder: Path, reference: str | None, log: tuple[EvaluationSpec, dict
     from lace_lightning.evaluation.report import markdown, sheets
     from lace_lightning.evaluation.store import read_failures, read_outcomes
     from lace_lightning.evaluation.summary import as_json, summarise_folder
+    from lace_lightning.printable import printable
     from lace_lightning.tracking.spool import replace_text
     from lace_lightning.viewer.folder import write_viewer
 
@@ -163,7 +166,8 @@ def _render(folder: Path, reference: str | None, log: tuple[EvaluationSpec, dict
         f"report.md, summary.json, groups.parquet, viewer.html and outcomes.jsonl are in {folder}", soft_wrap=True
     )
     for failure in failures[:5]:
-        console.print(f"failed: {' · '.join(map(str, failure.key))}: {failure.type}: {failure.message}", markup=False)
+        failed = f"failed: {' · '.join(map(str, failure.key))}: {failure.type}: {failure.message}"
+        console.print(printable(failed), markup=False)  # it may quote data
     if failures:
         console.print(
             f"{len(failures)} outcomes failed (errors.jsonl); the same command tries them again", markup=False

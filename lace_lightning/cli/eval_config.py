@@ -47,10 +47,13 @@ def with_sweeps(settings: Settings) -> Settings:
     They are called ``vote@1`` and ``vote@4``, and take the place of ``vote``.
 
     Raises:
-        ValueError: a sweep is of no method, or not of one option with a list of values.
+        ValueError: a sweep is of no method, or not of one option with a list of values, or either is no mapping.
     """
     settings = dict(settings)
     sweeps, methods = settings.pop("sweeps", None) or {}, settings.get("methods") or {}
+    for name, value in (("sweeps", sweeps), ("methods", methods)):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name}={value!r} must be a mapping of names")
     for name, sweep in sweeps.items():
         if name not in methods:
             raise ValueError(f"sweeps.{name}: there is no method {name!r}")
@@ -109,7 +112,7 @@ def _read_yaml(path: str) -> Settings:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"--config {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"--config {path} is no YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"--config {path} holds no settings: it must be a YAML mapping")
@@ -128,7 +131,7 @@ def _pairs(options: Sequence[str]) -> list[tuple[str, Any]]:
             )
         try:
             pairs.append((name.removeprefix("--"), yaml.safe_load(value if equals else rest.pop(0))))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ValueError(f"{option}: the value is no YAML: {error}") from error
     return pairs
 

@@ -16,6 +16,7 @@ STAGES = {
 }
 TOOLS = {
     "init": ("lace_lightning.cli.init", "copy the shipped configs, to edit"),
+    "doctor": ("lace_lightning.cli.doctor", "before a long run: what memory it will take, and whether all is there"),
     "synth": ("lace_lightning.cli.synth", "make traces from problems and a teacher"),
     "generate": ("lace_lightning.cli.generate", "a prompt in, N threads side by side in the terminal"),
     "eval": ("lace_lightning.cli.eval", "compare methods on benchmarks, at equal tokens and seconds"),
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in STAGES and command not in TOOLS:
         print(f"lace: {command!r} is no command\n\n{_help()}", file=sys.stderr)
         return MISTAKE
+    from lace_lightning.cli.discretion import be_discreet
+
+    be_discreet()
     module, rest = (TOOLS[command][0], arguments[1:]) if command in TOOLS else ("lace_lightning.cli.stages", arguments)
     try:
         return import_module(module).run(rest)
@@ -52,10 +56,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def explain(error: Exception) -> int:
-    """Print an error as one message for its reader; returns the exit code. ``LACE_TRACEBACK=1`` shows its way too."""
+    """Print an error as one message for its reader, without secrets; returns the exit code.
+
+    ``LACE_TRACEBACK=1`` shows its way too.
+    """
     if os.environ.get("LACE_TRACEBACK"):
         raise error
-    print(f"lace: error: {without_unions(str(error))}\n(LACE_TRACEBACK=1 shows where it was raised)", file=sys.stderr)
+    from lace_lightning.printable import printable
+    from lace_lightning.tracking.redact import redact_lines
+
+    told = printable(redact_lines(without_unions(str(error))))  # it may quote data
+    print(f"lace: error: {told}\n(LACE_TRACEBACK=1 shows where it was raised)", file=sys.stderr)
     return MISTAKE
 
 

@@ -10,6 +10,7 @@ from argparse import ArgumentError
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -67,6 +68,10 @@ def run(arguments: Sequence[str]) -> int:
     except UnhealthyRun as error:
         explain(error)
         return UNHEALTHY
+    except torch.OutOfMemoryError as error:
+        from lace_lightning.cli.out_of_memory import explain_out_of_memory
+
+        return explain_out_of_memory(error, arguments)
     except MISTAKES as error:
         return explain(error)
     if cli.trainer.is_global_zero and "-h" not in arguments:

@@ -37,7 +37,7 @@ def run(argv: Sequence[str]) -> int:
     server = _start(store, arguments.port)
     try:
         if _answers(server, arguments.port):
-            print(f"MLflow shows {store} at {address} (Ctrl-C ends it)", flush=True)
+            print(f"MLflow shows {redact_uri(store)} at {address} (Ctrl-C ends it)", flush=True)
         return server.wait()
     except KeyboardInterrupt:
         return 0
@@ -78,11 +78,11 @@ def _require_free(port: int) -> None:
 
 
 def _start(store: str, port: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store]
-    command += ["--host", _HOST, "--port", str(port), "--workers", "1"]
-    quiet = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    command = [sys.executable, "-m", "mlflow", "server", "--host", _HOST, "--port", str(port), "--workers", "1"]
+    # Everybody on this machine may read a command line; the store's password is not for everybody.
+    settings = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_BACKEND_STORE_URI": store}
     # A session of its own, so that Ctrl-C reaches us alone and we can end the server with all its workers.
-    return subprocess.Popen(command, env=quiet, stdout=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(command, env={**os.environ, **settings}, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
 def _answers(server: subprocess.Popen[bytes], port: int) -> bool:

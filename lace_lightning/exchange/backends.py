@@ -188,9 +188,9 @@ def choose(backend: Backend, mask: LatticeMask, heads: Heads) -> _Attention:
     """
     name, why = str(backend), "as named"
     if backend == "auto":
-        name, why = _fastest(mask, heads)
+        name, why = fastest(mask, heads)
     elif backend == "flash" and (reason := refusal(mask, heads.dtype, heads.dim)):
-        name, why = _fastest(mask, heads)
+        name, why = fastest(mask, heads)
         why = f"{why}; not flash: {reason}"
     if name not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown: choose auto or one of {', '.join(BACKENDS)}")
@@ -199,7 +199,7 @@ def choose(backend: Backend, mask: LatticeMask, heads: Heads) -> _Attention:
     return BACKENDS[name]
 
 
-def _fastest(mask: LatticeMask, heads: Heads) -> tuple[str, str]:
+def fastest(mask: LatticeMask, heads: Heads) -> tuple[str, str]:
     """Backend for a call, and why."""
     if folded.pays(mask, heads.count):
         return "folded", "few positions, on a CPU"

@@ -21,7 +21,7 @@ def prefill(run: Run, decoding: Decoding) -> int:
     """Bytes of the pass over the prompts beside the caches: its own keys and values, and one layer's tensors."""
     shape, precision = run.shape, run.precision
     tokens = decoding.groups * decoding.prompt
-    keys = 2 * shape.layers * shape.keys * tokens * precision.compute
+    keys = 2 * shape.layers * shape.keys * tokens * precision.residual
     wide = max(3 * precision.compute * shape.inner, 8 * shape.hidden + precision.compute * (shape.queries + shape.keys))
     casts = precision.compute * (shape.backbone - shape.tables) if precision.is_mixed and shape.learns_linears else 0
     return keys + tokens * (wide + 2 * precision.residual * shape.hidden) + casts
@@ -29,16 +29,19 @@ def prefill(run: Run, decoding: Decoding) -> int:
 
 def _own(run: Run, decoding: Decoding) -> int:
     """Keys and values of prompts, once per group on CUDA and else per thread, and of the threads."""
-    per_column = 2 * run.shape.layers * run.shape.keys * _cache_bytes(run, decoding)
+    per_column = run.shape.layers * run.shape.keys * _key_and_value_bytes(run, decoding)
     if decoding.engine != "graphs":
         return per_column * decoding.rows * (decoding.prompt + decoding.new)
     padded = -(-decoding.prompt // PROMPT_STEP) * PROMPT_STEP
     return per_column * (decoding.groups * padded + decoding.rows * decoding.new)
 
 
-def _cache_bytes(run: Run, decoding: Decoding) -> int:
-    """Bytes per number of a cache: the engines' are made like the weights, the model's own like what it computes."""
-    return run.precision.compute if decoding.engine == "plain" else run.precision.weights
+def _key_and_value_bytes(run: Run, decoding: Decoding) -> int:
+    """Bytes of a number of a key and one of a value: engines make their caches like the weights.
+
+    Rotary positions leave keys as wide as hidden states, and transformers widens the values beside them.
+    """
+    return 2 * (run.precision.residual if decoding.engine == "plain" else run.precision.weights)
 
 
 def _lattice(run: Run, decoding: Decoding) -> int:
@@ -46,7 +49,8 @@ def _lattice(run: Run, decoding: Decoding) -> int:
     if lattice is None or not lattice.keeps_keys:
         return 0
     positions = decoding.rows * decoding.new
-    per_position = 2 * len(lattice.layers) * lattice.width * _cache_bytes(run, decoding)
+    numbers = run.precision.compute if decoding.engine == "plain" else run.precision.weights
+    per_position = 2 * len(lattice.layers) * lattice.width * numbers
     return positions * (per_position + 4)  # the mask of what may be read, in float32
 
 

@@ -28,14 +28,16 @@ def logits(run: Run) -> int:
     chunk = min(tokens, FUSED_CHUNK) * shape.vocabulary
     if not run.on_cuda:
         return chunk * (4 * 4 + c + 1)  # uncompiled: logits, exponents and derivative in float32, and which is right
-    # The chunk before holds its derivative while the next one's logits are made, and both while its own is.
-    return chunk * c * (3 if tokens > FUSED_CHUNK else 2)
+    # The chunk before holds its derivative while the next one's logits are made, and both while its own is. A chunk's
+    # gradient of the head is a tensor of its own under autocast, made when only this chunk's two are left.
+    first = chunk * c * (3 if tokens > FUSED_CHUNK else 2)
+    then = c * (2 * chunk + shape.vocabulary * shape.hidden * (run.precision.is_mixed and shape.learns_head))
+    return max(first, then)
 
 
 def matrix(run: Run) -> int:
-    """Bytes of copies of the head's weights: their gradient, and with autocast a copy and a chunk's gradient."""
+    """Bytes of copies of the head's weights: their gradient, and with autocast a copy, and in GRPO another gradient."""
     shape, precision = run.shape, run.precision
-    table = shape.vocabulary * shape.hidden
     gradient = precision.weights if shape.learns_head else 0
-    copies = precision.compute * (1 + shape.learns_head) if precision.is_mixed else 0
-    return table * (gradient + copies)
+    copies = 1 + (shape.learns_head and run.head == "scored") if precision.is_mixed else 0
+    return shape.vocabulary * shape.hidden * (gradient + precision.compute * copies)

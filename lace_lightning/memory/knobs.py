@@ -62,12 +62,12 @@ def _training_changes(run: Run) -> Iterator[tuple[str, Run]]:
     if run.has_reference:
         yield "--model.init_args.loss.kl_weight=0", _with(run, has_reference=False)
     if run.strategy != "sharded":
-        yield "FSDP2 over 2 devices", _with(run, strategy="sharded", devices=2)
-    if run.shape.learns_linears and run.shape.lattice is not None:
+        yield "FSDP2 over 2 devices (configs/trainer/fsdp.yaml)", _with(run, strategy="sharded", devices=2)
+    if run.head == "fused" and run.shape.learns_linears and run.shape.lattice is not None:
         frozen = replace(
             run.shape, trained=run.shape.exchange, learns_linears=False, learns_norms=False, learns_head=False
         )
-        yield "a frozen backbone (--model.init_args.learn=exchange)", _with(run, shape=frozen)
+        yield "--model.init_args.learn=exchange (a frozen backbone)", _with(run, shape=frozen)
 
 
 def _with(run: Run, **changed: object) -> Run:

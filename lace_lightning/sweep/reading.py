@@ -87,12 +87,15 @@ def _settings(path: Path) -> dict[str, Any]:
         own = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SweepError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SweepError(f"{path} is no YAML: {error}") from error
     if not isinstance(own, dict):
         raise SweepError(f"{path} holds no settings: a sweep is a YAML mapping")
     settings: dict[str, Any] = {}
     below = own.pop("extends", [])
-    for name in [below] if isinstance(below, str) else below:
+    below = [below] if isinstance(below, str) else below
+    if not isinstance(below, list) or not all(isinstance(name, str) for name in below):
+        raise SweepError(f"{path}: extends={below!r} must be a file or a list of files")
+    for name in below:
         settings |= _settings(path.parent / name)
     return settings | own

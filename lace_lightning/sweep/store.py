@@ -31,7 +31,7 @@ class Store:
     Args:
         folder: of them all.
         room: how commands run.
-        tracking: whether and where runs are tracked; the room's environment names their parent.
+        tracking: whether runs are tracked; the room's environment names their store and parent.
         tell: is told what begins.
     """
 
@@ -117,7 +117,7 @@ class Store:
         settings["output"] = str(folder / "outcomes")
         if (tracking := self.tracking) is not None and tracking.children:
             name = f"eval, {trial.point.label}, seed {trial.seed}"
-            settings["tracking"] = {"experiment": tracking.experiment, "run_name": name, "uri": tracking.uri}
+            settings["tracking"] = {"experiment": tracking.experiment, "run_name": name}
         config = folder / "evaluation.yaml"
         replace_text(config, yaml.safe_dump(settings, sort_keys=False))
         self._command(["eval", f"--config={config}"], folder)
@@ -135,7 +135,7 @@ class Store:
         tracking = self.tracking
         if tracking is None or not tracking.children:
             return False
-        options = {"experiment_name": tracking.experiment, "run_name": run_name, "tracking_uri": tracking.uri}
+        options = {"experiment_name": tracking.experiment, "run_name": run_name}
         options |= {"save_dir": str(folder / "tracking")}
         return {"class_path": "lace_lightning.tracking.MLflowLogger", "init_args": options}
 

@@ -31,8 +31,13 @@ def open_parent(tracking: Tracking, sweep: SweepSpec, source: str) -> str:
 
 
 def environment_of(tracking: Tracking | None, parent: str | None) -> Mapping[str, str]:
-    """What makes the runs of a trial's commands children of the parent."""
-    return {} if parent is None or tracking is None else {PARENT_RUN: parent}
+    """What makes the runs of a trial's commands children of the parent, and leads them to its store.
+
+    The store's address may hold a password, and so goes into no file.
+    """
+    if parent is None or tracking is None:
+        return {}
+    return {PARENT_RUN: parent, "MLFLOW_TRACKING_URI": store.resolve_tracking_uri(tracking.uri)}
 
 
 def log_result(tracking: Tracking, parent: str, result: Result, folder: Path) -> None:

@@ -44,7 +44,7 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 def git_diff(folder: Path) -> str:
     """Uncommitted changes to tracked files, secrets hidden, cut (and marked so) above a million characters."""
-    diff = redact_lines(_git(folder, "diff", "HEAD") or "")
+    diff = redact_lines(_git(folder, "diff", "--no-ext-diff", "--no-textconv", "HEAD") or "")
     if len(diff) <= MAX_DIFF_CHARACTERS:
         return diff
     return diff[:MAX_DIFF_CHARACTERS] + f"\n… cut: the diff has {len(diff)} characters\n"
@@ -79,7 +79,11 @@ def _git(folder: Path, *arguments: str) -> str | None:
     """Output of one git command; None where there is no git, no checkout or no answer in time."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, timeout=_GIT_SECONDS, check=True
+            # A checkout may name programs for git to run: none is.
+            ["git", "-C", str(folder), "-c", "core.fsmonitor=false", *arguments],
+            capture_output=True,
+            timeout=_GIT_SECONDS,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -26,6 +26,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
+from lace_lightning.tracking.redact import hide_known
+
 Record = dict[str, Any]
 
 HEADER = "run.json"
@@ -49,7 +51,7 @@ class Spool:
 
     def append(self, record: Record) -> None:
         """Add one record."""
-        line = json.dumps(record) + "\n"
+        line = hide_known(json.dumps(record)) + "\n"
         with self._mutex:
             if self._stream is None:
                 self._stream = _open_locked(self.folder / RECORDS)
@@ -68,7 +70,7 @@ class Spool:
         relative = Path("files", uuid.uuid4().hex, target.name)
         path = self.folder / relative
         path.parent.mkdir(parents=True)
-        path.write_bytes(content)
+        path.write_bytes(_without_secrets(content))
         self.append({"kind": "artifact", "file": relative.as_posix(), "folder": _folder_of(target)})
 
     def close(self) -> None:
@@ -167,9 +169,20 @@ def _open_locked(path: Path) -> TextIO:
 def _parsed(lines: list[bytes]) -> Iterator[Record]:
     for line in lines:
         try:
-            yield json.loads(line)
-        except ValueError:  # a disk error; every line that we write is complete
-            yield {"kind": "unreadable", "line": line.decode(errors="replace")}
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        # Every line that we write is a whole record: anything else is a disk's error.
+        is_record = isinstance(record, dict) and isinstance(record.get("kind"), str)
+        yield record if is_record else {"kind": "unreadable", "line": line.decode(errors="replace")}
+
+
+def _without_secrets(content: bytes) -> bytes:
+    """A text without what the environment holds as secrets; anything else as it is."""
+    try:
+        return hide_known(content.decode()).encode()
+    except UnicodeDecodeError:  # a picture
+        return content
 
 
 def _folder_of(target: PurePosixPath) -> str | None:

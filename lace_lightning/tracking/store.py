@@ -8,10 +8,10 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from lace_lightning.tracking.redact import redact_uri
+from lace_lightning.tracking.redact import redact, redact_uri
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -25,6 +25,7 @@ _MLFLOW_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it prints the password of the address, too
 }
 
 
@@ -78,7 +79,9 @@ def open_run(
 
     with _remedies(uri), _one_at_a_time(uri):
         experiment_id = _experiment_id(client, uri, experiment_name)
-        return client.create_run(experiment_id, tags=resolve_tags(tags), run_name=run_name)
+        # Among them are the address of the checkout's remote and what MLFLOW_RUN_CONTEXT says.
+        noted: Any = redact(resolve_tags(tags))
+        return client.create_run(experiment_id, tags=noted, run_name=run_name)
 
 
 def check(client: MlflowClient, uri: str) -> None:

@@ -53,7 +53,8 @@ class OpenAIChat(EagerChatModel):
         max_attempts: of one request.
         backoff: seconds before the second attempt; doubled each time, up to a minute, and shortened at random by up to
             a half.
-        extra: further fields of every request, such as ``chat_template_kwargs``; part of the identity.
+        extra: further fields of every request, such as ``chat_template_kwargs``; part of the identity, and so of the
+            data: no key belongs into it.
         revision: whatever tells apart models that were served under one name; part of the identity.
         limit_field: how the server calls the limit on the reply's tokens; old servers know only ``max_tokens``.
 
@@ -85,6 +86,7 @@ class OpenAIChat(EagerChatModel):
             raise ValueError(f"max_attempts={max_attempts} must be at least 1")
         if clash := _OURS & set(extra or {}):
             raise ValueError(f"extra sets {', '.join(sorted(clash))}, which each request sets itself: leave it out")
+        _check_no_secret(extra or {})
         self.model, self.base_url, self.api_key_env = model, base_url, api_key_env
         self.concurrency, self.timeout, self.patience = concurrency, timeout, patience
         self.max_attempts, self.backoff = max_attempts, backoff
@@ -134,12 +136,12 @@ class OpenAIChat(EagerChatModel):
     ) -> ChatReply | Failure:
         from openai import OpenAIError
 
-        from lace_lightning.synthesis.chats.failure import failure_of
+        from lace_lightning.synthesis.chats.failure import failure_of, without_key
 
         try:
             async with asyncio.timeout_at(min(deadline, asyncio.get_running_loop().time() + self.timeout)):
                 answer = await client.chat.completions.with_raw_response.create(**self._fields(request))
-            return read_completion(answer.text)
+            return read_completion(without_key(answer.text, key))
         except (OpenAIError, TimeoutError, BadAnswer) as error:
             return failure_of(error, key)
 
@@ -183,6 +185,17 @@ def _check_url(url: str) -> None:
         )
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise ValueError(f"base_url={url!r} is no address: give one like http://127.0.0.1:8000/v1")
+
+
+def _check_no_secret(extra: dict[str, Any]) -> None:
+    """Raise ValueError if a field looks like a secret: ``extra`` is stored with the replies and the data."""
+    from lace_lightning.tracking.redact import redact
+
+    if redact(extra) != extra:
+        raise ValueError(
+            "extra holds what looks like a secret, and is stored with the data; it is not repeated here: put the key "
+            "into an environment variable, and that one's name into api_key_env"
+        )
 
 
 def _read_key(env: str | None) -> str:

@@ -20,6 +20,7 @@ _MAY_PASS = {408, 409, 425, 429}
 _OUTLOOKS: dict[int, Outlook] = {401: "key", 402: "credit", 403: "key", 404: "model", 405: "model"}
 _NEVER_CONNECTED = {"ConnectError", "ConnectTimeout"}
 _HIDDEN = "<hidden>"
+_SHORTEST_KEY = 8
 _EXCERPT = 300
 """Characters of the server's own words in a message."""
 
@@ -58,8 +59,13 @@ def failure_of(error: Exception, key: str = "") -> Failure:
 
 def _excerpt(text: str, key: str) -> str:
     """The beginning; the key goes first, or a cut through it would leave a part."""
-    hidden = text.replace(key, _HIDDEN) if key else text
+    hidden = without_key(text, key)
     return one_line(hidden[: 4 * _EXCERPT])[:_EXCERPT]
+
+
+def without_key(text: str, key: str) -> str:
+    """A server's words without the key, should it send it back; a short one (``EMPTY``) is no secret."""
+    return text.replace(key, _HIDDEN) if len(key) >= _SHORTEST_KEY else text
 
 
 def _refusal(error: APIStatusError, key: str) -> Failure:

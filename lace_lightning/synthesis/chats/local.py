@@ -95,11 +95,13 @@ class HuggingFaceChat(EagerChatModel):
         from lace_lightning.backbone import BackboneError
         from lace_lightning.threaded_lm import ThreadedLM
 
-        origin: dict[str, Any] = {"revision": self.revision, "trust_remote_code": False}
+        origin: dict[str, Any] = {"revision": self.revision}
         device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            backbone = AutoModelForCausalLM.from_pretrained(self.model, dtype=getattr(torch, self.dtype), **origin)
-            tokenizer = AutoTokenizer.from_pretrained(self.model, **origin)
+            backbone = AutoModelForCausalLM.from_pretrained(
+                self.model, trust_remote_code=False, dtype=getattr(torch, self.dtype), **origin
+            )
+            tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False, **origin)
             return ThreadedLM(backbone, num_threads=1).to(device).eval(), tokenizer
         except BackboneError as error:
             raise ChatError(

@@ -95,13 +95,13 @@ class ReplyStore:
 
     def _load(self, key: str) -> ChatReply | None:
         row = self._db.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
-        return None if row is None else ChatReply(**json.loads(row[0]), is_cached=True)
+        return None if row is None else _reply(row[0], self.path)
 
     def _prepare(self) -> None:
         with self._explained():
-            self._db.execute(
-                "PRAGMA synchronous = NORMAL"
-            )  # FULL took 18 ms per reply, and asking stood still meanwhile
+            # FULL took 18 ms per reply, and asking stood still meanwhile.
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            self._db.execute("PRAGMA trusted_schema = OFF")  # a file of somebody else's runs no functions
             self._db.execute("BEGIN IMMEDIATE")  # one process makes the table, others wait
             if self._is_empty():
                 self._db.execute(f"PRAGMA application_id = {_APPLICATION}")
@@ -138,6 +138,22 @@ class ReplyStore:
 
 def _describe(path: Path, reason: str, kind: str) -> str:
     return f"the reply cache {path} cannot be used ({reason}): {_REMEDIES.get(kind, 'name another file')}"
+
+
+def _reply(stored: object, path: Path) -> ChatReply:
+    """The reply in a row, whoever wrote it.
+
+    Raises:
+        ChatError: it is none of ours.
+    """
+    try:
+        fields = json.loads(stored) if isinstance(stored, str) else None
+    except (ValueError, RecursionError):
+        fields = None
+    types = {"text": str, "finish": str, "prompt_tokens": int, "completion_tokens": int}
+    if not isinstance(fields, dict) or {name: type(value) for name, value in fields.items()} != types:
+        raise ChatError(_describe(path, "a row of it is no reply", "CORRUPT"))
+    return ChatReply(**fields, is_cached=True)
 
 
 def _canonical(value: object) -> str:
