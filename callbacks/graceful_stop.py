@@ -1,9 +1,10 @@
-"""Ctrl-C and SIGTERM: finish the batch, save a checkpoint, end the run as killed."""
+"""Ctrl-C, SIGTERM and SLURM's signal: finish the batch, save a checkpoint, end the run as killed."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,16 +13,18 @@ from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
+from lace_lightning.checkpoint_io import finish_checkpoints
 from lace_lightning.tracking.run_folder import checkpoint_folder
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(SystemExit):
-    """Ends the process with the exit code that shells give to a signal: 130 for SIGINT, 143 for SIGTERM."""
+    """Ends the process with the exit code that shells give to a signal: 130 for SIGINT, 143 SIGTERM, 138 SIGUSR1."""
 
 
 class GracefulStop(Callback):
@@ -33,6 +36,10 @@ class GracefulStop(Callback):
     that one of them gets the signal. Before the first batch, and outside of the main thread, signals do what they do in
     Python.
 
+    In a SLURM job, the signal of ``--signal`` (SIGUSR1, or ``requeue_signal`` of Lightning's SLURMEnvironment) does the
+    same and then, if there is a checkpoint to resume from, puts the job back into the queue; Lightning's own handler
+    would save in the middle of a batch. ``SLURMEnvironment(auto_requeue=False)`` turns it off.
+
     Raises:
         Interrupted: out of ``Trainer.fit`` and its siblings, after Lightning has cleaned up and loggers were finalised.
     """
@@ -40,6 +47,7 @@ class GracefulStop(Callback):
     def __init__(self) -> None:
         self._signal: int | None = None
         self._saved: Path | None = None
+        self._requeued = False
         self._previous: dict[int, Any] = {}
 
     # Lightning sets its own SIGTERM handler after `setup` and `on_fit_start`, and raises from it without a checkpoint:
@@ -47,26 +55,26 @@ class GracefulStop(Callback):
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals."""
-        self._install()
+        self._install(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals."""
-        self._install()
+        self._install(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals; save anew if the last batch was interrupted, lest its validation be skipped."""
-        self._install()
+        self._install(trainer)
         if self._saved is not None:
             self._save(trainer, in_validation=True)
-            self._exit()
+            self._exit(trainer)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals."""
-        self._install()
+        self._install(trainer)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals."""
-        self._install()
+        self._install(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Save if a signal came. The process ends at the next hook, when the batch's metrics have been logged."""
@@ -76,19 +84,19 @@ class GracefulStop(Callback):
     def on_train_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """End if the last batch was interrupted."""
         if self._saved is not None:
-            self._exit()
+            self._exit(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End if the epoch's last batch was interrupted."""
         if self._saved is not None:
-            self._exit()
+            self._exit(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Save if this validation is part of a fit, and end."""
         if self._is_stopping(trainer):
             if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
                 self._save(trainer, in_validation=True)
-            self._exit()
+            self._exit(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Settle the books of a validation that ran again, before other callbacks save them."""
@@ -99,18 +107,18 @@ class GracefulStop(Callback):
     def on_test_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """End."""
         if self._is_stopping(trainer):
-            self._exit()
+            self._exit(trainer)
 
     def on_predict_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """End."""
         if self._is_stopping(trainer):
-            self._exit()
+            self._exit(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A signal that came after the last batch still ends the process."""
         if self._is_stopping(trainer):
             self._save(trainer, in_validation=False)
-            self._exit()
+            self._exit(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the signals back."""
@@ -120,21 +128,25 @@ class GracefulStop(Callback):
         """Give the signals back."""
         self._restore()
 
-    def _install(self) -> None:
+    def _install(self, trainer: Trainer) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in _SIGNALS:
+        for number in {*_SIGNALS, _requeue_signal(trainer) or signal.SIGTERM}:
             if signal.getsignal(number) != self._handle:
                 self._previous[number] = signal.signal(number, self._handle)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
             if signal.getsignal(number) == self._handle:  # at a normal end Lightning has restored everything already
-                signal.signal(number, handler)
+                # SLURM sends SIGTERM to the job that it has requeued: nothing is left to do but to end in good order.
+                signal.signal(number, signal.SIG_IGN if self._requeued else handler)
         self._previous.clear()
         self._signal = self._saved = None
+        self._requeued = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._requeued:
+            return
         if self._signal is not None:
             os._exit(128 + number)
         self._signal = number
@@ -152,12 +164,46 @@ class GracefulStop(Callback):
                 trainer.save_checkpoint(path, weights_only=False)
         else:
             trainer.save_checkpoint(path, weights_only=False)
+        finish_checkpoints(trainer)
         self._saved = path
 
-    def _exit(self) -> None:
+    def _exit(self, trainer: Trainer) -> None:
+        self._requeue(trainer)
         where = f"saved {self._saved}. Resume with: --ckpt_path {self._saved}" if self._saved else "nothing to save."
         _say(f"Stopped: {where}")
         raise Interrupted(128 + (self._signal or signal.SIGTERM))
+
+    def _requeue(self, trainer: Trainer) -> None:
+        """Put the SLURM job back into the queue if any process got its signal and the run can be resumed."""
+        number = _requeue_signal(trainer)
+        if number is None or self._saved is None:
+            return
+        self._requeued = trainer.strategy.reduce_boolean_decision(self._signal == number, all=False)
+        if self._requeued:
+            self._signal = number
+            _put_back()
+
+
+def _requeue_signal(trainer: Trainer) -> int | None:
+    """What SLURM sends before the end of a job that is to be requeued; None elsewhere."""
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+        return environment.requeue_signal
+    return None
+
+
+@rank_zero_only
+def _put_back() -> None:
+    """Ask SLURM to run this job again."""
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = os.environ["SLURM_JOB_ID"] if task is None else f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError) as error:
+        told = getattr(error, "stderr", None) or error
+        _say(f"SLURM job {job} could not be requeued, submit it again: {told}")
+    else:
+        _say(f"SLURM job {job} is requeued.")
 
 
 @rank_zero_only

@@ -114,7 +114,7 @@ def last_checkpoint(trainer: Trainer) -> Path | None:
     callbacks = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)]  # type: ignore[attr-defined]
     written = [Path(path) for c in callbacks for path in (c.last_model_path, c.best_model_path) if path]
     folders = [Path(c.dirpath) for c in callbacks if c.dirpath] or [run_folder(trainer) / "checkpoints"]
-    there = [path for path in [*written, *(folder / "interrupted.ckpt" for folder in folders)] if path.is_file()]
+    there = [path for path in [*written, *(folder / "interrupted.ckpt" for folder in folders)] if path.exists()]
     return max(there, key=lambda path: path.stat().st_mtime) if there else None
 
 

@@ -7,6 +7,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lace_lightning.checkpoint_io import finish_checkpoints
+
 
 class StageCheckpoint(ModelCheckpoint):
     """ModelCheckpoint, with the same arguments, that also saves the state after the last step.
@@ -22,8 +24,9 @@ class StageCheckpoint(ModelCheckpoint):
             self._save_unless_saved(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save if epochs, time or another callback ended the run."""
+        """Save if epochs, time or another callback ended the run; then all checkpoints are on the disk."""
         self._save_unless_saved(trainer)
+        finish_checkpoints(trainer)
 
     def _save_unless_saved(self, trainer: Trainer) -> None:
         if self._should_skip_saving_checkpoint(trainer):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lace_lightning.sharding import gathered
+from lace_lightning.shards import META, CheckpointError, ShardReader, is_sharded
 
 TRAINED = "lace_trained"
 """Key of a checkpoint: names of the parameters that its stage trained, all of which must be in its state."""
@@ -21,22 +22,21 @@ RUN = "lace_run"
 """Key of a checkpoint: id of the MLflow run that wrote it; absent without one."""
 
 
-class CheckpointError(ValueError):
-    """A checkpoint does not hold what it should; the message names file and reason."""
-
-
 def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
-    """A checkpoint file of any Lightning run; every byte is checked against its checksum, and no code is run from it.
+    """A checkpoint of any Lightning run; every byte is checked against its checksum, and no code is run from it.
 
     Args:
-        path: the file.
+        path: the file, or the folder of shards.
         mmap: leave the tensors on disk; for those who copy them at once, since the file may change later.
 
     Raises:
         CheckpointError: the file is missing, damaged, foreign, or would run code.
     """
+    if is_sharded(path):
+        return ShardReader(path, read_checkpoint(Path(path) / META)).checkpoint()
     if not Path(path).is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist")
+        what = f"is a folder without {META}: its first write did not end" if Path(path).is_dir() else "does not exist"
+        raise CheckpointError(f"checkpoint {path} {what}")
     try:
         with zipfile.ZipFile(path) as archive:  # torch itself ignores the checksums
             if (damaged := archive.testzip()) is not None:
@@ -76,8 +76,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 def writer_of(path: str | Path) -> str | None:
     """Id of the MLflow run that wrote a checkpoint; None if it does not say, or cannot be read."""
+    file = Path(path) / META if is_sharded(path) else path
     try:
-        checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # whoever needs the weights will say what is wrong
         return None
     run = checkpoint.get(RUN) if isinstance(checkpoint, dict) else None

@@ -2,6 +2,7 @@
 
 from lace_lightning.modules.base import DecodingSpec, SampledGroups, ThreadedModule
 from lace_lightning.modules.fully_sharded import FullySharded
+from lace_lightning.modules.fully_sharded_on_disk import FullyShardedOnDisk
 from lace_lightning.modules.lattice_grpo import LatticeGRPO
 from lace_lightning.modules.optimizer import OptimizerSpec
 from lace_lightning.modules.trace_stages import BackbonePretraining, ContinuedPretraining, SupervisedFinetuning
@@ -11,6 +12,7 @@ __all__ = [
     "ContinuedPretraining",
     "DecodingSpec",
     "FullySharded",
+    "FullyShardedOnDisk",
     "LatticeGRPO",
     "OptimizerSpec",
     "SampledGroups",

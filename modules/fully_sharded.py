@@ -17,6 +17,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from lace_lightning.shards import by_number
+
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 
 
@@ -66,7 +68,7 @@ class FullySharded(ModelParallelStrategy):
         assert self.model is not None
         optimizer = getattr(optimizer, "_optimizer", optimizer)  # out of Lightning's wrapper
         state = get_optimizer_state_dict(self.model, optimizer, options=WHOLE)
-        return _numbered(state) if state else state
+        return by_number(state) if state else state
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Each process takes its rows of the moments."""
@@ -76,16 +78,8 @@ class FullySharded(ModelParallelStrategy):
             set_optimizer_state_dict(self.lightning_module, optimizer, named, options=WHOLE)
 
 
-def _numbered(state: dict[str, Any]) -> dict[str, Any]:
-    """A state by names of parameters as ``Optimizer.state_dict`` has it: by their numbers in the groups' order."""
-    names = [name for group in state["param_groups"] for name in group["params"]]
-    number = {name: i for i, name in enumerate(names)}
-    groups = [group | {"params": [number[name] for name in group["params"]]} for group in state["param_groups"]]
-    return {"state": {number[name]: part for name, part in state["state"].items()}, "param_groups": groups}
-
-
 def _named(state: dict[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
-    """The reverse of :func:`_numbered`, for an optimizer of the same parameters in the same order."""
+    """The reverse of :func:`by_number`, for an optimizer of the same parameters in the same order."""
     of_parameter = {parameter: name for name, parameter in module.named_parameters()}
     names = [of_parameter[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     groups = [group | {"params": [names[i] for i in group["params"]]} for group in state["param_groups"]]

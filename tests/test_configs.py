@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lace_lightning.cli.main import main
 from lace_lightning.cli.shipped import SHIPPED
 from lace_lightning.cli.stages import build
-from lace_lightning.modules import FullySharded, LatticeGRPO
+from lace_lightning.modules import FullySharded, FullyShardedOnDisk, LatticeGRPO
 from lace_lightning.puzzles.vocabulary import word_tokenizer
 
 FILES = sorted(str(path.relative_to(SHIPPED)) for path in SHIPPED.rglob("*.yaml"))
@@ -25,6 +25,8 @@ VALIDATED = ("real",)
 """Folders whose configs have nothing to train."""
 OF_OTHER_COMMANDS = ("eval", "countdown/eval", "synth", "sweeps", "paper")
 """Beginnings of configs whose own tests read them: of other commands, and stages that need weights and a GPU."""
+NOT_PLAIN = ("accelerator", "devices", "strategy", "plugins")
+"""Settings of overlays that the tests replace, or that are objects."""
 NEEDED = {"agents": "textworld"}
 """Packages that a folder's configs need and ``dev`` does not install."""
 STAGE = ("demo/base.yaml", "demo/sft.yaml")
@@ -123,7 +125,7 @@ def test_trainer_overlays_go_on_top_of_every_stage(stage, tmp_path, monkeypatch)
     asked: dict[str, object] = {}
     for file in overlays:
         asked |= yaml.safe_load((SHIPPED / file).read_text())["trainer"]
-    kept = {name: value for name, value in asked.items() if name not in ("accelerator", "devices", "strategy")}
+    kept = {name: value for name, value in asked.items() if name not in NOT_PLAIN}
     assert kept and {name: cli.config["trainer"][name] for name in kept} == kept
     assert isinstance(cli.trainer.strategy, FullySharded)  # of the last overlay that names one
 
@@ -134,7 +136,7 @@ def test_overlays_for_several_gpus_go_on_top_of_every_stage(stage, overlay, tmp_
     monkeypatch.chdir(tmp_path)
     files = (*stage, f"trainer/{overlay}.yaml", "trainer/slurm.yaml")
     trainer = build([*options_for(files), "--trainer.devices=2", "--trainer.num_nodes=3"], run=False).trainer
-    assert type(trainer.strategy) is {"ddp": DDPStrategy, "fsdp": FullySharded}[overlay]
+    assert type(trainer.strategy) is {"ddp": DDPStrategy, "fsdp": FullyShardedOnDisk}[overlay]
     assert (trainer.num_devices, trainer.num_nodes, trainer.world_size) == (2, 3, 6)
     assert trainer.precision == "bf16-mixed"
 

@@ -212,6 +212,7 @@ def test_wheel_holds_every_file_of_the_package_and_nothing_else(built):
     names = {name for name in zipfile.ZipFile(built.wheel).namelist() if ".dist-info/" not in name}
     assert names == package_files()
     assert {"lace_lightning/py.typed", "lace_lightning/modules/base.py", "lace_lightning/configs/demo/sft.yaml"} < names
+    assert "lace_lightning/configs/slurm/train.sbatch" in names
 
 
 def test_wheel_is_named_by_the_version_and_carries_the_licence(built):

@@ -24,6 +24,7 @@ TOOLS = {
     "sweep": ("lace_lightning.cli.sweep", "run many trials of a chain of stages, and make one table of them"),
     "bench": ("lace_lightning.cli.bench", "measure decoding and training beside the floor of this machine"),
     "demo": ("lace_lightning.cli.demo", "train and compare threads that talk and threads that don't, in minutes"),
+    "export": ("lace_lightning.cli.export", "a checkpoint as safetensors for plain transformers, with a model card"),
     "register": ("lace_lightning.cli.register", "put a run's model into MLflow's registry: problems in, groups out"),
     "ui": ("lace_lightning.cli.ui", "browse the runs in MLflow, on this machine only"),
     "sync": ("lace_lightning.cli.sync", "send what a dead tracking server missed"),

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from lace_lightning.decoding import Engine, GroupDecoder, Sampling, group_seed, make_decoder
+from lace_lightning.shards import is_sharded
 from lace_lightning.tasks import Puzzle, Task
 from lace_lightning.threaded_lm import ThreadedLM
 from lace_lightning.traces.schema import Problem
@@ -166,7 +167,8 @@ def _find_run(given: argparse.Namespace) -> tuple[ThreadedModule, GroupData, Pat
     config = Path(given.config) if folder is None else folder / "config.yaml"
     checkpoint = Path(given.ckpt) if folder is None or given.ckpt else _newest_checkpoint(folder)
     _check_file(config, "--config")
-    _check_file(checkpoint, "--ckpt")
+    if not is_sharded(checkpoint):
+        _check_file(checkpoint, "--ckpt")
     return *_instantiate(config), config, checkpoint
 
 
@@ -228,7 +230,8 @@ def _run_folder(run: Path) -> Path:
 
 
 def _newest_checkpoint(run: Path) -> Path:
-    found = [*run.glob("*.ckpt"), *run.glob("checkpoints/*.ckpt")]
+    written = [*run.glob("*.ckpt"), *run.glob("checkpoints/*.ckpt")]
+    found = [path for path in written if path.is_file() or is_sharded(path)]  # not a folder that a kill left unfinished
     if not found:
         raise ValueError(
             f"--run {run} has no checkpoint, neither itself nor in checkpoints/: name one with --ckpt FILE"
