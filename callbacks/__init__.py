@@ -7,6 +7,7 @@ from lace_lightning.callbacks.graceful_stop import GracefulStop
 from lace_lightning.callbacks.group_traces import GroupTraces
 from lace_lightning.callbacks.group_writer import GroupWriter
 from lace_lightning.callbacks.lineage import Lineage
+from lace_lightning.callbacks.one_run import OneRun
 from lace_lightning.callbacks.samples import SampleGroups
 from lace_lightning.callbacks.save_config import SaveConfig
 from lace_lightning.callbacks.stage_checkpoint import StageCheckpoint
@@ -21,6 +22,7 @@ __all__ = [
     "GroupTraces",
     "GroupWriter",
     "Lineage",
+    "OneRun",
     "SampleGroups",
     "SaveConfig",
     "StageCheckpoint",

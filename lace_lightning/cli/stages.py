@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lace_lightning.callbacks import GracefulStop, Lineage, SaveConfig, ValidationTable
+from lace_lightning.callbacks import GracefulStop, Lineage, OneRun, SaveConfig, ValidationTable
 from lace_lightning.callbacks.lineage import last_checkpoint
 from lace_lightning.cli.main import STAGES, explain
 from lace_lightning.cli.next_steps import say_next
@@ -42,6 +42,12 @@ class LaceCLI(LightningCLI):
         Lightning would silently replace it by the hyperparameters of ``--ckpt_path``; our modules refuse to resume
         under other settings instead (:meth:`ThreadedModule.on_load_checkpoint`).
         """
+
+    def before_fit(self) -> None:
+        """Refuse a second run of the same files before anything is begun."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, OneRun):
+                callback.hold_known(self.trainer, self.config_init["fit"]["ckpt_path"])
 
     def before_predict(self) -> None:
         """Groups are written as they come (``GroupWriter``), not kept until the end."""
@@ -137,7 +143,7 @@ def build(
         trainer_defaults={
             "logger": {"class_path": "lace_lightning.tracking.MLflowLogger"},
             "plugins": [{"class_path": "lace_lightning.checkpoint_io.AtomicCheckpointIO"}],
-            "callbacks": [*callbacks, Lineage(f"lace {shlex.join(arguments)}")],
+            "callbacks": [OneRun(), *callbacks, Lineage(f"lace {shlex.join(arguments)}")],
         },
         parser_kwargs={**raise_errors, **{stage: dict(raise_errors) for stage in STAGES}},
         args=with_shipped_configs(arguments),
