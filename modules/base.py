@@ -66,6 +66,9 @@ class ThreadedModule(LightningModule):
         init_from: checkpoints of earlier stages whose weights this run starts from, in order, later ones winning. Not
             to be confused with ``--ckpt_path``, which resumes a run.
         embedder: embeds thoughts for ``expl``.
+
+    Attributes:
+        is_sampling: groups are being decoded and judged, which changes nothing that a checkpoint holds.
     """
 
     stage: ClassVar[str]
@@ -86,6 +89,7 @@ class ThreadedModule(LightningModule):
         self.strict_loading = False  # on_load_checkpoint knows better what must be there
         self.model: ThreadedLM | None = None
         self._seed = torch.initial_seed()
+        self.is_sampling = False
         embedder = embedder or NgramEmbedder()
         self.group_metrics = nn.ModuleDict({name: GroupMetrics(embedder) for name in ("val", "test")})
         self.tag_metrics = nn.ModuleDict({name: TagConfusion() for name in ("val", "test")})
@@ -214,9 +218,13 @@ class ThreadedModule(LightningModule):
         """Decode one group per problem and judge its threads; the model's mode is kept."""
         assert self.model is not None
         data = self.data
-        groups, rollout = play_groups(self.model, data.task, data.tokenizer, problems, seeds, spec, data.max_length)
+        self.is_sampling = True
+        try:
+            groups, rollout = play_groups(self.model, data.task, data.tokenizer, problems, seeds, spec, data.max_length)
+            flat = data.task.judge([(group.problem, thread) for group in groups for thread in group.threads])
+        finally:
+            self.is_sampling = False
         num_threads = len(groups[0].threads)
-        flat = data.task.judge([(group.problem, thread) for group in groups for thread in group.threads])
         verdicts = [flat[i : i + num_threads] for i in range(0, len(flat), num_threads)]
         return SampledGroups(groups, verdicts, rollout)
 

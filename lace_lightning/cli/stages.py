@@ -23,6 +23,7 @@ from lace_lightning.cli.shipped import with_shipped_configs
 from lace_lightning.datamodules.base import GroupData
 from lace_lightning.modules import ThreadedModule
 from lace_lightning.modules.base import NonFiniteLossError
+from lace_lightning.signals import stopping_anywhere
 from lace_lightning.tracking import TrackingError
 from lace_lightning.tracking.run_folder import run_folder
 
@@ -68,7 +69,8 @@ class LaceCLI(LightningCLI):
 def run(arguments: Sequence[str]) -> int:
     """Run one Lightning subcommand; returns the exit code."""
     try:
-        cli = build(arguments)
+        with stopping_anywhere():
+            cli = build(arguments)
     except MISTAKES as error:
         return explain(error)
     if cli.trainer.is_global_zero and "-h" not in arguments:
