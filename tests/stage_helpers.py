@@ -113,6 +113,16 @@ class Recorder(Callback):
         self.steps.append(trainer.global_step)
 
 
+class Validations(Callback):
+    """Optimizer steps after which a validation came to its end."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.steps.append(trainer.global_step)
+
+
 class Slow(Callback):
     """Gives others the time to kill this process in mid-run."""
 
