@@ -146,7 +146,7 @@ class GracefulStop(Callback):
     def _restore(self) -> None:
         for number, handler in self._previous.items():
             if signal.getsignal(number) == self._handle:  # at a normal end Lightning has restored everything already
-                signal.signal(number, handler)
+                signal.signal(number, handler or signal.SIG_DFL)  # None: it was not set from Python
         self._previous.clear()
         self._signal = self._saved = self._module = self._place = None
         self._is_rewinding = False

@@ -43,6 +43,18 @@ class UnevenDoors(Doors):
         return replace(problem, text="tries " * (index % 4) + problem.text)
 
 
+class SignalWhenRead(UnevenDoors):
+    """Sends this process a signal when the first problem is made: data are read, no model has been built."""
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__()
+        self.number = number
+
+    def problem(self, index: int, split: str = "train") -> Problem:
+        os.kill(os.getpid(), self.number)
+        return super().problem(index, split)
+
+
 def spec(exchange: ExchangeConfig = LATTICE, architecture: dict[str, Any] = QWEN, **options: Any) -> ModelSpec:
     settings = {"num_threads": NUM_THREADS, "layers": [0, 1]} | options
     return ModelSpec(architecture=architecture, exchange=exchange, **settings)
