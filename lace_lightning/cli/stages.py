@@ -19,6 +19,7 @@ from lace_lightning.callbacks import GracefulStop, Lineage, OneRun, SaveConfig, 
 from lace_lightning.callbacks.lineage import last_checkpoint
 from lace_lightning.cli.main import STAGES, explain
 from lace_lightning.cli.next_steps import say_next
+from lace_lightning.cli.orphans import end_with_launcher
 from lace_lightning.cli.shipped import with_shipped_configs
 from lace_lightning.datamodules.base import GroupData
 from lace_lightning.modules import ThreadedModule
@@ -68,6 +69,7 @@ class LaceCLI(LightningCLI):
 
 def run(arguments: Sequence[str]) -> int:
     """Run one Lightning subcommand; returns the exit code."""
+    end_with_launcher()
     try:
         with stopping_anywhere():
             cli = build(arguments)

@@ -1,0 +1,35 @@
+"""Ranks that outlive what launched them: a killed launcher must not leave processes that wait for it for ever."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+GRACE_SECONDS = 15.0
+"""After a launcher's end. At a normal end it is just ahead; and the error of a broken collective says more than we do."""
+
+_POLL_SECONDS = 1.0
+
+
+def end_with_launcher(grace: float = GRACE_SECONDS) -> None:
+    """In a process that was launched as one rank of several, watch the launcher and end when it has died.
+
+    Lightning and torchrun name such a rank by LOCAL_RANK and end all ranks when one dies. When they are killed
+    themselves, a rank that waits for the others to join, or in a collective on GPUs, would wait for half an hour.
+    Elsewhere this does nothing.
+
+    Args:
+        grace: seconds between the launcher's end and ours.
+    """
+    if "LOCAL_RANK" in os.environ:
+        threading.Thread(target=_watch, args=(os.getppid(), grace), name="launcher-watch", daemon=True).start()
+
+
+def _watch(launcher: int, grace: float) -> None:
+    while os.getppid() == launcher:
+        time.sleep(_POLL_SECONDS)
+    time.sleep(grace)
+    rank = os.environ["LOCAL_RANK"]
+    os.write(2, f"lace: error: local rank {rank} ends: its launcher, process {launcher}, has died\n".encode())
+    os._exit(1)
