@@ -5,8 +5,8 @@
 One real ``lace fit`` of the demo's configs in this process: rollouts, rewards, checkpoints, validations, tables, traces
 and MLflow's spool. Every few seconds its resident memory, open files and threads are noted. The first third is
 warm-up (allocators, caches, MLflow's store); through the rest goes a line by least squares. Prints the slopes per hour
-on one line and writes them with all samples as JSON. Exit code 1 if files grow by more than 5 or memory by more than 30 MB
-an hour.
+on one line and writes them with all samples as JSON. Exit code 1 if files grow by more than 5 or memory by more than
+30 MB an hour.
 """
 
 from __future__ import annotations

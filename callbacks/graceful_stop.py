@@ -121,8 +121,8 @@ class GracefulStop(Callback):
         if isinstance(exception, Interrupted) and self._module is not None:
             if self._saved is None and trainer.state.fn == TrainerFn.FITTING:
                 self._save_last_state(trainer)
-            where = f"saved {self._saved}. Resume with: --ckpt_path {self._saved}" if self._saved else "nothing to save."
-            _say(f"Stopped: {where}")
+            path = self._saved
+            _say(f"Stopped: saved {path}. Resume with: --ckpt_path {path}" if path else "Stopped: nothing to save.")
         self._restore()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ class Interrupted(SystemExit):
 
 @contextmanager
 def stopping_anywhere() -> Iterator[None]:
-    """Within the block the first such signal raises :class:`Interrupted` wherever the code is, a second ends it at once.
+    """Within the block the first such signal raises :class:`Interrupted` wherever the code is; a second exits at once.
 
     For what lasts long and has nothing to save, such as reading data and building a model. Outside of the main thread,
     signals do what they did before.

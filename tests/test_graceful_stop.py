@@ -215,7 +215,7 @@ def test_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
     assert process.wait(timeout=5) == 143
 
 
-def test_a_signal_before_the_first_batch_ends_the_run_as_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_before_the_first_batch_ends_the_run_as_killed(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     settings = sft_settings(tmp_path / "checkpoints")
     task = {"class_path": "tests.stage_helpers.SignalWhenRead", "init_args": {"number": int(signal.SIGUSR1)}}

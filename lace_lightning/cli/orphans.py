@@ -7,7 +7,7 @@ import threading
 import time
 
 GRACE_SECONDS = 15.0
-"""After a launcher's end. At a normal end it is just ahead; and the error of a broken collective says more than we do."""
+"""After a launcher's end. At a normal end it is just ahead; the error of a broken collective says more than ours."""
 
 _POLL_SECONDS = 1.0
 

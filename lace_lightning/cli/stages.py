@@ -27,8 +27,11 @@ from lace_lightning.modules.base import NonFiniteLossError
 from lace_lightning.signals import stopping_anywhere
 from lace_lightning.tracking import TrackingError
 from lace_lightning.tracking.run_folder import run_folder
+from lace_lightning.verification.pool import WorkersFailed
 
-MISTAKES = (ArgumentError, ValueError, OSError, MisconfigurationException, NonFiniteLossError, TrackingError)
+MISTAKES = (
+    ArgumentError, ValueError, OSError, MisconfigurationException, NonFiniteLossError, TrackingError, WorkersFailed,
+)  # fmt: skip
 """What a user can mend: shown as one message. Anything else is a bug of ours and keeps its traceback."""
 
 
