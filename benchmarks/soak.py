@@ -120,9 +120,10 @@ def main() -> int:
         "hardware": hardware(),
         "versions": versions(),
         "git": git_state(Path(__file__).parent),
-        "samples": watch.samples,
+        "columns": list(last),
+        "samples": [[round(value, 1) for value in sample.values()] for sample in watch.samples],
     }
-    write_text(options.output, json.dumps(content, indent=1) + "\n")
+    write_text(options.output, json.dumps(content) + "\n")
     told = ", ".join(
         f"{name} {at['per_hour']:+.2f} ± {at['error']:.2f} per hour (now {at['end']:.0f})" for name, at in found.items()
     )
