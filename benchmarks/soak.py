@@ -106,7 +106,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="of the run's files (default: a temporary one)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = (options.folder or Path(temporary)).resolve()
+        folder, git = (options.folder or Path(temporary)).resolve(), git_state(Path(__file__).parent)
         watch = Watch(options.seconds)
         build(arguments_of(options.minutes, folder), callbacks=[watch])
     found = slopes(watch.samples)
@@ -119,7 +119,7 @@ def main() -> int:
         "slopes": found,
         "hardware": hardware(),
         "versions": versions(),
-        "git": git_state(Path(__file__).parent),
+        "git": git,
         "columns": list(last),
         "samples": [[round(value, 1) for value in sample.values()] for sample in watch.samples],
     }
