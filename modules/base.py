@@ -186,6 +186,14 @@ class ThreadedModule(LightningModule):
 
     # ---------------------------------------------------------------- optimisation
 
+    def on_train_start(self) -> None:
+        """Give the data loader the place to resume at.
+
+        With ``max_epochs`` set, the number of steps is found out by making the loader before the checkpoint is
+        restored. Lightning 2.6 then forgets to hand over the loader's state, and the epoch would begin anew.
+        """
+        self.trainer.fit_loop._load_combined_loader_states()  # once: it does nothing if that has been done
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed dropout by its place in the run: a resumed run draws what it would have."""
         place = (self.trainer.current_epoch, batch_idx, self.trainer.global_rank)

@@ -230,6 +230,28 @@ def test_grpo_stopped_by_sigterm_resumes_as_the_uninterrupted_run(batch: int, tm
     assert_same(values(whole), values(rest))
 
 
+# ---------------------------------------------------------------- a limit of epochs
+
+
+@pytest.mark.parametrize("make", [sft, grpo])
+def test_a_run_with_a_limit_of_epochs_resumes_inside_the_epoch(make, tmp_path: Path) -> None:
+    """As in all shipped configs. Lightning then makes the loader before it knows where to resume."""
+    data, steps = (trace_data, 1) if make is sft else (problem_data, 4)
+    torch.manual_seed(0)
+    whole = make()
+    fitted(whole, data(), max_steps=5 * steps, max_epochs=1000)
+    torch.manual_seed(0)
+    part = make()
+    stopped = quiet_trainer(5 * steps, [GracefulStop(), Signal(1)], default_root_dir=tmp_path, max_epochs=1000)
+    with pytest.raises(SystemExit):
+        stopped.fit(part, data())
+    torch.manual_seed(0)
+    rest = make()
+    trainer = quiet_trainer(5 * steps, max_epochs=1000)
+    trainer.fit(rest, data(), ckpt_path=tmp_path / "checkpoints" / "interrupted.ckpt")
+    assert_same(values(whole), values(rest))
+
+
 # ---------------------------------------------------------------- dropout
 
 

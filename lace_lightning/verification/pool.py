@@ -155,8 +155,8 @@ class WorkerPool:
             if self._attempts[worker.job] == MAX_ATTEMPTS:
                 raise WorkersFailed(
                     f"{MAX_ATTEMPTS} worker processes in a row stood still for {STANDSTILL:g} s or were killed by "
-                    "others in the middle of one job, so there is no reply to it. Is the machine short of memory (see its "
-                    "kernel log), or are its processes being stopped?"
+                    "others in the middle of one job, so there is no reply to it. Is the machine short of memory "
+                    "(see its kernel log), or are its processes being stopped?"
                 )
             self._count(retries=1)
             waiting.appendleft(worker.job)
