@@ -9,6 +9,9 @@ import time
 GRACE_SECONDS = 15.0
 """After a launcher's end. At a normal end it is just ahead; the error of a broken collective says more than ours."""
 
+LAUNCHER = "LACE_LAUNCHER"
+"""Environment variable: process id of the ``lace`` that launched this one as a rank."""
+
 _POLL_SECONDS = 1.0
 
 
@@ -17,13 +20,16 @@ def end_with_launcher(grace: float = GRACE_SECONDS) -> None:
 
     Lightning and torchrun name such a rank by LOCAL_RANK and end all ranks when one dies. When they are killed
     themselves, a rank that waits for the others to join, or in a collective on GPUs, would wait for half an hour.
-    Elsewhere this does nothing.
+    Elsewhere nothing is watched.
 
     Args:
         grace: seconds between the launcher's end and ours.
     """
-    if "LOCAL_RANK" in os.environ:
-        threading.Thread(target=_watch, args=(os.getppid(), grace), name="launcher-watch", daemon=True).start()
+    if "LOCAL_RANK" not in os.environ:
+        os.environ[LAUNCHER] = str(os.getpid())  # Lightning may now launch the other ranks from here
+        return
+    launcher = int(os.environ.get(LAUNCHER, os.getppid()))  # it may have died before we came here
+    threading.Thread(target=_watch, args=(launcher, grace), name="launcher-watch", daemon=True).start()
 
 
 def _watch(launcher: int, grace: float) -> None:

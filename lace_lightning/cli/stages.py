@@ -78,9 +78,21 @@ def run(arguments: Sequence[str]) -> int:
             cli = build(arguments)
     except MISTAKES as error:
         return explain(error)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        return explain(_dead_worker(error))
     if cli.trainer.is_global_zero and "-h" not in arguments:
         say_next(*_next(arguments[0], cli))
     return 0
+
+
+def _dead_worker(error: RuntimeError) -> RuntimeError:
+    """The error of a data worker that was killed, with its remedy."""
+    return RuntimeError(
+        f"{str(error).strip()} Workers are mostly killed for lack of memory: see the kernel log, lower "
+        "data.num_workers, and resume with --ckpt_path and the last checkpoint: no batch is lost"
+    )
 
 
 def _next(command: str, cli: LaceCLI) -> list[tuple[str, str]]:

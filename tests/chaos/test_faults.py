@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,14 @@ from lace_lightning.synthesis.chat import ChatRequest
 from lace_lightning.synthesis.chats import OpenAIChat
 from lace_lightning.tasks import Verdict
 from lace_lightning.verification import Verifier
-from tests.chaos.processes import ended, lace, ranks, wait_until
+from tests.chaos.processes import LIMIT, ended, lace, ranks, wait_until
 from tests.chat_server import chat_server
 from tests.stage_helpers import assert_same
 from tests.test_resume import grpo_settings, sft_settings
 
 pytestmark = pytest.mark.chaos
+
+ROOT = Path(__file__).parents[2]
 
 KILLS = 8
 """Of each stage in turn, each followed by a resume; 32 in all, and those of ranks."""
@@ -90,6 +93,14 @@ class Runs:
     def last(self) -> Path:
         return self.folder / "last.ckpt"
 
+    def stamp(self) -> int:
+        """When the last checkpoint was written; 0: there is none."""
+        return self.last.stat().st_mtime_ns if self.last.exists() else 0
+
+    def wait_for_checkpoint(self, process: BaseProcess, stamp: int) -> None:
+        """Wait for one that is younger than the stamp, or for the end of the process."""
+        wait_until(lambda: self.stamp() > stamp, process)
+
     @property
     def log(self) -> Path:
         """Output of the running start."""
@@ -134,12 +145,11 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run
 def kill_at_random(runs: Runs, draw: random.Random) -> str:
     """Start, and kill -9 at some moment: while it starts, between and inside batches, while it writes a checkpoint."""
     moment = draw.choice(["after a while", "in a batch", "while writing", "while writing"])
-    before = runs.last.stat().st_mtime_ns if runs.last.exists() else 0
-    process = lace(runs.command(), runs.log)
+    before, process = runs.stamp(), lace(runs.command(), runs.log)
     if moment == "after a while":
         time.sleep(draw.uniform(0.0, 3.0))
     else:
-        wait_until(lambda: runs.last.exists() and runs.last.stat().st_mtime_ns > before, process)
+        runs.wait_for_checkpoint(process, before)
         time.sleep(draw.uniform(0.0, 0.3))
     if moment == "while writing":
         wait_until(lambda: any(runs.folder.glob(".*.part")), process, pause=0.0)
@@ -168,3 +178,150 @@ def test_killed_again_and_again_it_is_the_uninterrupted_run(
     moments = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (one, other)]
     for mine, theirs in zip(*(list(moment.values()) for moment in moments), strict=True):
         assert torch.equal(mine["exp_avg_sq"], theirs["exp_avg_sq"])
+
+
+# ---------------------------------------------------------------- ranks
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_when_one_rank_of_two_is_killed_the_other_ends_and_the_run_resumes_exactly(
+    stage: str, tmp_path: Path, draw: random.Random
+) -> None:
+    """Nobody supervises the ranks here: it is the broken connection that ends the other."""
+    two = {"devices": 2, "strategy": "ddp", "max_steps": 80}
+    whole, runs = Runs(stage, tmp_path / "whole", two, seconds=0.0), Runs(stage, tmp_path / "killed", two)
+    assert [ended(process) for process in ranks(whole.command(), whole.log)] == [0, 0]
+    for victim in draw.sample([0, 1], 2):
+        before, started = runs.stamp(), ranks(runs.command(), runs.log)
+        runs.wait_for_checkpoint(started[0], before)
+        time.sleep(draw.uniform(0.0, 0.5))
+        started[victim].kill()
+        began = time.monotonic()
+        assert ended(started[1 - victim], 60) == 1, "an error, not a hang and not success"
+        print(f"{stage}: rank {victim} killed, the other ended after {time.monotonic() - began:.1f} s")
+        told = runs.log.with_suffix(f".{1 - victim}.log").read_text()
+        assert "peer" in told or "onnection" in told, told
+    runs.seconds = 0.0
+    assert [ended(process) for process in ranks(runs.command(), runs.log)] == [0, 0]
+    assert runs.rows() == whole.rows()
+    assert_same(*(read_checkpoint(each.last)["state_dict"] for each in (whole, runs)))
+
+
+@pytest.mark.parametrize("victim", ["main", "child"])
+def test_ranks_that_wait_to_be_joined_end_when_the_other_is_killed(victim: str, tmp_path: Path) -> None:
+    """Lightning's own launcher, in real starts of Python: no connection is there yet that could break."""
+    runs = Runs("sft", tmp_path / "runs", {"devices": 2, "strategy": "ddp"})
+    command = [sys.executable, "-m", "lace_lightning", *runs.command()]
+    with runs.log.open("w") as log:
+        main = psutil.Popen(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + LIMIT
+    while not (children := main.children()):
+        assert main.poll() is None and time.monotonic() < deadline, runs.log.read_text()
+        time.sleep(0.05)
+    killed, other = (main, children[0]) if victim == "main" else (children[0], main)
+    killed.kill()
+    began = time.monotonic()
+    _, alive = psutil.wait_procs([other], timeout=60)
+    print(f"{victim} killed, the other ended after {time.monotonic() - began:.1f} s")
+    for process in [*alive, main]:
+        process.kill()
+    assert not alive and main.wait() != 0, runs.log.read_text()
+
+
+# ---------------------------------------------------------------- signals
+
+
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
+
+
+@pytest.mark.parametrize("number", CODES)
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_signals_end_a_run_within_30_seconds_with_checkpoint_status_and_code(
+    stage: str, number: int, tmp_path: Path, draw: random.Random
+) -> None:
+    """At a random moment from the first checkpoint on: in batches, rollouts, validations and while writing."""
+    store = {"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db", "save_dir": str(tmp_path / "runs")}
+    logger = {"class_path": "lace_lightning.tracking.MLflowLogger", "init_args": store}
+    more = {"logger": logger, "limit_val_batches": 1.0, "val_check_interval": 5, "check_val_every_n_epoch": None}
+    runs = Runs(stage, tmp_path / "stopped", {**more, "max_steps": 10_000}, seconds=0.0)
+    process = lace(runs.command(), runs.log)
+    assert wait_until(runs.last.exists, process), runs.log.read_text()
+    time.sleep(draw.uniform(0.0, 1.0))
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    began = time.monotonic()
+    assert ended(process, 30) == CODES[signal.Signals(number)], runs.log.read_text()
+    print(f"{stage}: ended {time.monotonic() - began:.1f} s after {signal.Signals(number).name}")
+    state = read_checkpoint(runs.folder / "interrupted.ckpt")
+    client = MlflowClient(store["tracking_uri"])
+    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert run.info.status == "KILLED"
+    name = "policy/loss" if stage == "grpo" else "train/loss"
+    steps = [metric.step for metric in client.get_metric_history(run.info.run_id, name)]
+    assert sorted(set(steps)) == list(range(state["global_step"] // (4 if stage == "grpo" else 1)))
+
+
+# ---------------------------------------------------------------- data workers, verifiers, teachers
+
+
+def test_a_killed_data_worker_ends_the_run_with_the_reason_and_no_batch_is_lost(
+    tmp_path: Path, uninterrupted: Callable[..., Runs]
+) -> None:
+    whole, runs = uninterrupted("sft"), Runs("sft", tmp_path / "killed", seconds=0.1)
+    command = runs.command()
+    process = lace([*command, "--data.num_workers=2"], runs.log)
+    assert wait_until(runs.last.exists, process), runs.log.read_text()
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    workers[0].kill()
+    assert ended(process, 60) == 2
+    told = runs.log.read_text()
+    assert f"{workers[0].pid}" in told and "data.num_workers" in told, told
+    runs.seconds = 0.0
+    assert ended(lace(runs.command(), runs.log)) == 0, runs.log.read_text()
+    assert runs.rows() == whole.rows()
+
+
+def test_right_answers_stay_right_while_verification_workers_are_stopped_and_killed(draw: random.Random) -> None:
+    pairs = [(f"{number}/7", rf"\frac{{{number}}}{{7}}") for number in range(600)]
+    with Verifier(num_workers=2) as verifier:
+        verifier.verify(pairs[:2])
+        over = threading.Event()
+
+        def torment() -> None:
+            while not over.wait(draw.uniform(0.02, 0.1)):
+                workers = list(verifier._pool._workers)
+                if workers:
+                    os.kill(draw.choice(workers)._process.pid, draw.choice([signal.SIGKILL, signal.SIGSTOP]))
+
+        tormentor = threading.Thread(target=torment)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lace_lightning.verification.pool.STANDSTILL", 0.3)
+            patch.setattr("lace_lightning.verification.pool.MAX_ATTEMPTS", 1000)
+            patch.setattr("lace_lightning.verification.pool.MAX_FAILED_STARTS", 1000)
+            patch.setattr("lace_lightning.verification.pool.START_LIMIT", 20.0)
+            tormentor.start()
+            try:
+                verdicts = verifier.verify(pairs)
+            finally:
+                over.set()
+                tormentor.join()
+        assert set(verdicts) == {Verdict.CORRECT} and verifier.counts.retries > 0
+        print(verifier.counts)
+
+
+def test_a_teacher_that_is_away_for_long_is_waited_for(draw: random.Random) -> None:
+    """Nobody listens for longer than all attempts of a request would take; then every reply arrives, once."""
+    with chat_server() as server:
+        port = server.server_port
+    chat = OpenAIChat("m", f"http://127.0.0.1:{port}/v1", patience=60, max_attempts=3, backoff=0.2)
+    requests = [ChatRequest((("user", f"question {number}"),), seed=number) for number in range(20)]
+    replies: list[Any] = []
+    asking = threading.Thread(target=lambda: replies.extend(chat.ask(requests)))
+    asking.start()
+    time.sleep(8.0)
+    assert not replies and asking.is_alive()
+    with chat_server(port=port) as server:
+        asking.join(60)
+        assert [reply.text for reply in replies] == [f"echo: question {number}" for number in range(20)]
+        assert set(server.asked.values()) == {1}
