@@ -10,6 +10,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from lace_lightning.folder_lock import FolderBusyError, FolderLock
 from lace_lightning.tracking.run_folder import checkpoint_folder
 
+UNFINISHED = ".*.ckpt.*.part"
+"""Checkpoints that :func:`~lace_lightning.whole_file.whole_file` was writing when the process was killed."""
 _ANOTHER_FOLDER = "give this run a folder of its own (dirpath of its checkpoints, or trainer.default_root_dir)"
 _ANOTHER_START = "start a new run from its weights: model.init_from instead of --ckpt_path"
 
@@ -18,7 +20,7 @@ class OneRun(Callback):
     """While a model is fitted, holds the folder of its checkpoints, and that of the checkpoint it is resumed from.
 
     Rank zero holds them; all ranks fail if it cannot. Other commands only read checkpoints, which appear whole, and
-    hold nothing; nor does ``fast_dev_run``, which writes none.
+    hold nothing; nor does ``fast_dev_run``, which writes none. What killed runs left of unfinished checkpoints is removed.
     """
 
     def __init__(self) -> None:
@@ -73,6 +75,9 @@ class OneRun(Callback):
         except FolderBusyError:
             self._release()
             raise
+        if self._locks[folder].is_held:
+            for left in folder.glob(UNFINISHED):
+                left.unlink(missing_ok=True)
 
     def _release(self) -> None:
         while self._locks:

@@ -61,6 +61,11 @@ class FolderLock:
         _sign(descriptor)
         self._descriptor = descriptor
 
+    @property
+    def is_held(self) -> bool:
+        """Whether the folder is ours alone; False where it could not be locked."""
+        return self._descriptor is not None
+
     def release(self) -> None:
         """Let go; a second time does nothing."""
         if self._descriptor is not None:

@@ -83,6 +83,18 @@ def test_a_run_cannot_be_resumed_twice_at_once_but_validated(tmp_path: Path, cap
     assert read_checkpoint(second / "last.ckpt")["global_step"] == 3
 
 
+def test_what_a_killed_run_left_unfinished_is_removed_by_the_next_and_not_under_a_live_one(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (left := folder / ".last.ckpt.123.part").touch()
+    (own := folder / "notes.part").touch()
+    with held(folder), pytest.raises(FolderBusyError):
+        tiny_trainer(tmp_path, callbacks=[OneRun()]).fit(TinyModel())
+    assert left.exists()
+    tiny_trainer(tmp_path, callbacks=[OneRun()], max_epochs=1).fit(TinyModel())
+    assert not left.exists() and own.exists()
+
+
 def test_a_folder_that_only_the_trainer_knows_is_held_too(tmp_path: Path) -> None:
     with held(tmp_path / "checkpoints"), pytest.raises(FolderBusyError, match="in use by process"):
         tiny_trainer(tmp_path, callbacks=[OneRun()]).fit(TinyModel())

@@ -24,6 +24,7 @@ import torch
 import yaml
 from mlflow.tracking import MlflowClient
 
+from lace_lightning.callbacks.one_run import UNFINISHED
 from lace_lightning.checkpoints import read_checkpoint
 from lace_lightning.synthesis.chat import ChatRequest
 from lace_lightning.synthesis.chats import OpenAIChat
@@ -101,6 +102,10 @@ class Runs:
         """Wait for one that is younger than the stamp, or for the end of the process."""
         wait_until(lambda: self.stamp() > stamp, process)
 
+    def unfinished(self) -> set[Path]:
+        """Checkpoints that are being written, or were when their process was killed."""
+        return set(self.folder.glob(UNFINISHED))
+
     @property
     def log(self) -> Path:
         """Output of the running start."""
@@ -145,20 +150,20 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run
 def kill_at_random(runs: Runs, draw: random.Random) -> str:
     """Start, and kill -9 at some moment: while it starts, between and inside batches, while it writes a checkpoint."""
     moment = draw.choice(["after a while", "in a batch", "while writing", "while writing"])
-    before, process = runs.stamp(), lace(runs.command(), runs.log)
+    before, left, process = runs.stamp(), runs.unfinished(), lace(runs.command(), runs.log)
     if moment == "after a while":
         time.sleep(draw.uniform(0.0, 3.0))
     else:
         runs.wait_for_checkpoint(process, before)
         time.sleep(draw.uniform(0.0, 0.3))
     if moment == "while writing":
-        wait_until(lambda: any(runs.folder.glob(".*.part")), process, pause=0.0)
+        wait_until(lambda: bool(runs.unfinished() - left), process, pause=0.0)
         time.sleep(draw.choice([0.0, 0.0, 0.001, 0.003]))
     process.kill()
     code = ended(process)
     assert code in (-signal.SIGKILL, 0), runs.log.read_text()
-    parts = len(list(runs.folder.glob(".*.part")))
-    return f"{moment}{' (finished before)' if code == 0 else ''}{f' ({parts} unfinished file)' if parts else ''}"
+    notes = [" (it had ended)" if code == 0 else "", " (a file is unfinished)" if runs.unfinished() - left else ""]
+    return moment + "".join(notes)
 
 
 @pytest.mark.parametrize("stage", STAGES)
