@@ -20,7 +20,7 @@ class OneRun(Callback):
     """While a model is fitted, holds the folder of its checkpoints, and that of the checkpoint it is resumed from.
 
     Rank zero holds them; all ranks fail if it cannot. Other commands only read checkpoints, which appear whole, and
-    hold nothing; nor does ``fast_dev_run``, which writes none. What killed runs left of unfinished checkpoints is removed.
+    hold nothing; nor does ``fast_dev_run``, which writes none. What killed runs left of checkpoints is removed.
     """
 
     def __init__(self) -> None:

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -228,7 +229,7 @@ def test_ranks_that_wait_to_be_joined_end_when_the_other_is_killed(victim: str, 
     began = time.monotonic()
     _, alive = psutil.wait_procs([other], timeout=60)
     print(f"{victim} killed, the other ended after {time.monotonic() - began:.1f} s")
-    for process in [*alive, main]:
+    for process in alive:
         process.kill()
     assert not alive and main.wait() != 0, runs.log.read_text()
 
@@ -239,8 +240,10 @@ def test_ranks_that_wait_to_be_joined_end_when_the_other_is_killed(victim: str, 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
 
 
-@pytest.mark.parametrize("number", CODES)
-@pytest.mark.parametrize("stage", ["sft", "grpo"])
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    [("sft", signal.SIGTERM), ("sft", signal.SIGINT), ("grpo", signal.SIGTERM), ("grpo", signal.SIGUSR1)],
+)
 def test_signals_end_a_run_within_30_seconds_with_checkpoint_status_and_code(
     stage: str, number: int, tmp_path: Path, draw: random.Random
 ) -> None:
@@ -276,12 +279,13 @@ def test_a_killed_data_worker_ends_the_run_with_the_reason_and_no_batch_is_lost(
     command = runs.command()
     process = lace([*command, "--data.num_workers=2"], runs.log)
     assert wait_until(runs.last.exists, process), runs.log.read_text()
-    workers = psutil.Process(process.pid).children()
-    assert len(workers) == 2
-    workers[0].kill()
-    assert ended(process, 60) == 2
+    while process.exitcode is None:  # one that had nothing left to do ends no run
+        with suppress(psutil.NoSuchProcess, IndexError):
+            psutil.Process(process.pid).children()[-1].kill()
+        process.join(0.5)
+    assert ended(process) == 2
     told = runs.log.read_text()
-    assert f"{workers[0].pid}" in told and "data.num_workers" in told, told
+    assert "DataLoader worker (pid" in told and "data.num_workers" in told, told
     runs.seconds = 0.0
     assert ended(lace(runs.command(), runs.log)) == 0, runs.log.read_text()
     assert runs.rows() == whole.rows()
@@ -294,17 +298,17 @@ def test_right_answers_stay_right_while_verification_workers_are_stopped_and_kil
         over = threading.Event()
 
         def torment() -> None:
-            while not over.wait(draw.uniform(0.02, 0.1)):
-                workers = list(verifier._pool._workers)
-                if workers:
-                    os.kill(draw.choice(workers)._process.pid, draw.choice([signal.SIGKILL, signal.SIGSTOP]))
+            for _ in range(5):
+                busy: list[Any] = []
+                while not (busy or over.wait(0.02)):
+                    busy = [worker for worker in list(verifier._pool._workers) if worker.job is not None]
+                if busy and not over.wait(draw.uniform(0.0, 0.2)):
+                    os.kill(draw.choice(busy)._process.pid, draw.choice([signal.SIGKILL, signal.SIGSTOP]))
 
         tormentor = threading.Thread(target=torment)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lace_lightning.verification.pool.STANDSTILL", 0.3)
-            patch.setattr("lace_lightning.verification.pool.MAX_ATTEMPTS", 1000)
-            patch.setattr("lace_lightning.verification.pool.MAX_FAILED_STARTS", 1000)
-            patch.setattr("lace_lightning.verification.pool.START_LIMIT", 20.0)
+            patch.setattr("lace_lightning.verification.pool.STANDSTILL", 1.0)
+            patch.setattr("lace_lightning.verification.pool.MAX_ATTEMPTS", 6)
             tormentor.start()
             try:
                 verdicts = verifier.verify(pairs)

@@ -13,8 +13,8 @@ from openai import APIConnectionError, APIStatusError
 from lace_lightning.printable import one_line
 
 Outlook = Literal["retry", "unreachable", "request", "key", "model", "credit"]
-"""``retry``: may pass. ``unreachable``: nobody listens there (yet), or a gateway says so. ``request``: the server will not have this request.
-The rest is the same for all requests: the key is refused, the model is unknown, nobody pays."""
+"""``retry``: may pass. ``unreachable``: nobody listens there (yet), or a gateway says so. ``request``: the server will
+not have this request. The rest is the same for all requests: the key is refused, the model is unknown, nobody pays."""
 
 _MAY_PASS = {408, 409, 425, 429}
 _AWAY = {502, 503, 504}
