@@ -283,7 +283,7 @@ def test_a_killed_data_worker_ends_the_run_with_the_reason_and_no_batch_is_lost(
         with suppress(psutil.NoSuchProcess, IndexError):
             psutil.Process(process.pid).children()[-1].kill()
         process.join(0.5)
-    assert ended(process) == 2
+    assert ended(process) == 2, runs.log.read_text()
     told = runs.log.read_text()
     assert "DataLoader worker (pid" in told and "data.num_workers" in told, told
     runs.seconds = 0.0
@@ -303,7 +303,8 @@ def test_right_answers_stay_right_while_verification_workers_are_stopped_and_kil
                 while not (busy or over.wait(0.02)):
                     busy = [worker for worker in list(verifier._pool._workers) if worker.job is not None]
                 if busy and not over.wait(draw.uniform(0.0, 0.2)):
-                    os.kill(draw.choice(busy)._process.pid, draw.choice([signal.SIGKILL, signal.SIGSTOP]))
+                    with suppress(ProcessLookupError):
+                        os.kill(draw.choice(busy)._process.pid, draw.choice([signal.SIGKILL, signal.SIGSTOP]))
 
         tormentor = threading.Thread(target=torment)
         with pytest.MonkeyPatch.context() as patch:
