@@ -61,6 +61,7 @@ def wait_until(condition: Callable[[], bool], process: BaseProcess, pause: float
 
 def _run(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # as in a process of its own
     os.environ.update(environment)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (sys.stdout, sys.stderr):
