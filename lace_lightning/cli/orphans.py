@@ -6,6 +6,8 @@ import os
 import threading
 import time
 
+import psutil
+
 GRACE_SECONDS = 15.0
 """After a launcher's end. At a normal end it is just ahead; the error of a broken collective says more than ours."""
 
@@ -28,8 +30,14 @@ def end_with_launcher(grace: float = GRACE_SECONDS) -> None:
     if "LOCAL_RANK" not in os.environ:
         os.environ[LAUNCHER] = str(os.getpid())  # Lightning may now launch the other ranks from here
         return
-    launcher = int(os.environ.get(LAUNCHER, os.getppid()))  # it may have died before we came here
-    threading.Thread(target=_watch, args=(launcher, grace), name="launcher-watch", daemon=True).start()
+    threading.Thread(target=_watch, args=(_launcher(), grace), name="launcher-watch", daemon=True).start()
+
+
+def _launcher() -> int:
+    """Process id of the launcher: our parent, unless the ``lace`` that launched us died before we came here."""
+    parent = os.getppid()
+    lace = int(os.environ.get(LAUNCHER, parent))
+    return parent if psutil.pid_exists(lace) else lace
 
 
 def _watch(launcher: int, grace: float) -> None:
