@@ -8,6 +8,7 @@ from lace_lightning.callbacks.group_traces import GroupTraces
 from lace_lightning.callbacks.group_writer import GroupWriter
 from lace_lightning.callbacks.health import HealthMonitor, UnhealthyRun
 from lace_lightning.callbacks.lineage import Lineage
+from lace_lightning.callbacks.one_run import OneRun
 from lace_lightning.callbacks.samples import SampleGroups
 from lace_lightning.callbacks.save_config import SaveConfig
 from lace_lightning.callbacks.stage_checkpoint import StageCheckpoint
@@ -23,6 +24,7 @@ __all__ = [
     "GroupWriter",
     "HealthMonitor",
     "Lineage",
+    "OneRun",
     "SampleGroups",
     "SaveConfig",
     "StageCheckpoint",

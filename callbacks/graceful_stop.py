@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SLURM's signal: finish the batch, save a checkpoint, end the run as killed."""
+"""Ctrl-C, SIGTERM and SIGUSR1: save a checkpoint at the next clean state, end the run as killed; requeue SLURM's."""
 
 from __future__ import annotations
 
@@ -18,23 +18,22 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
 from lace_lightning.checkpoint_io import finish_checkpoints
+from lace_lightning.signals import STOPPING, Interrupted
 from lace_lightning.tracking.run_folder import checkpoint_folder
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Interrupted(SystemExit):
-    """Ends the process with the exit code that shells give to a signal: 130 for SIGINT, 143 SIGTERM, 138 SIGUSR1."""
 
 
 class GracefulStop(Callback):
-    """The first SIGINT or SIGTERM lets the batch finish, saves ``interrupted.ckpt`` and exits; a second exits at once.
+    """The first SIGINT, SIGTERM or SIGUSR1 lets the batch finish, saves ``interrupted.ckpt`` and exits; a second exits
+    at once.
 
     The checkpoint lies in the run's checkpoint folder and is what ``--ckpt_path`` resumes from. It has the state at the
     end of the last training batch; a validation that was interrupted runs again, whole, when the run is resumed. In the
     sanity check, ``validate``, ``test`` and ``predict`` there is nothing to save. With several processes it is enough
-    that one of them gets the signal. Before the first batch, and outside of the main thread, signals do what they do in
-    Python.
+    that one of them gets the signal.
+
+    A single process that is decoding groups does not finish them: they may take minutes, and a resumed run decodes the
+    same again. Before the first batch, and outside of the main thread, signals do what they did before: see
+    :func:`~lace_lightning.signals.stopping_anywhere`.
 
     In a SLURM job, the signal of ``--signal`` (SIGUSR1, or ``requeue_signal`` of Lightning's SLURMEnvironment) does the
     same and then, if there is a checkpoint to resume from, puts the job back into the queue; Lightning's own handler
@@ -49,35 +48,40 @@ class GracefulStop(Callback):
         self._saved: Path | None = None
         self._requeued = False
         self._previous: dict[int, Any] = {}
+        self._module: LightningModule | None = None
+        self._place: dict[str, Any] | None = None  # what the last batch would have saved of the loops
+        self._is_rewinding = False
 
     # Lightning sets its own SIGTERM handler after `setup` and `on_fit_start`, and raises from it without a checkpoint:
     # these are the first hooks after that.
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals."""
-        self._install(trainer)
+        self._install(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals."""
-        self._install(trainer)
+        self._install(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals; save anew if the last batch was interrupted, lest its validation be skipped."""
-        self._install(trainer)
+        self._install(pl_module)
         if self._saved is not None:
             self._save(trainer, in_validation=True)
             self._exit(trainer)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals."""
-        self._install(trainer)
+        self._install(pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals."""
-        self._install(trainer)
+        self._install(pl_module)
 
-    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Save if a signal came. The process ends at the next hook, when the batch's metrics have been logged."""
+        if not pl_module.automatic_optimization:  # only such a stage decodes groups in training
+            self._place = {"epoch": trainer.current_epoch, "fit_loop": trainer.fit_loop.state_dict()}
         if self._is_stopping(trainer):
             self._save(trainer, in_validation=False)
 
@@ -121,17 +125,30 @@ class GracefulStop(Callback):
             self._exit(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
+        """Save what an interrupted rollout or validation has not touched; give the signals back."""
+        if isinstance(exception, Interrupted) and self._module is not None:
+            if self._saved is None and trainer.state.fn == TrainerFn.FITTING:
+                self._save_last_state(trainer)
+                self._requeue(trainer)
+            path = self._saved
+            _say(f"Stopped: saved {path}. Resume with: --ckpt_path {path}" if path else "Stopped: nothing to save.")
         self._restore()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Where a batch was given up, say that it has not begun."""
+        if self._is_rewinding and self._place is not None:
+            checkpoint["epoch"] = self._place["epoch"]
+            checkpoint["loops"]["fit_loop"] = self._place["fit_loop"]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""
         self._restore()
 
-    def _install(self, trainer: Trainer) -> None:
+    def _install(self, module: LightningModule) -> None:
+        self._module = module
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in {*_SIGNALS, _requeue_signal(trainer) or signal.SIGTERM}:
+        for number in {*STOPPING, _requeue_signal(module.trainer) or signal.SIGTERM}:
             if signal.getsignal(number) != self._handle:
                 self._previous[number] = signal.signal(number, self._handle)
 
@@ -139,10 +156,11 @@ class GracefulStop(Callback):
         for number, handler in self._previous.items():
             if signal.getsignal(number) == self._handle:  # at a normal end Lightning has restored everything already
                 # SLURM sends SIGTERM to the job that it has requeued: nothing is left to do but to end in good order.
-                signal.signal(number, signal.SIG_IGN if self._requeued else handler)
+                # A handler is None if it was not set from Python.
+                signal.signal(number, signal.SIG_IGN if self._requeued else handler or signal.SIG_DFL)
         self._previous.clear()
-        self._signal = self._saved = None
-        self._requeued = False
+        self._signal = self._saved = self._module = self._place = None
+        self._is_rewinding = self._requeued = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._requeued:
@@ -150,8 +168,16 @@ class GracefulStop(Callback):
         if self._signal is not None:
             os._exit(128 + number)
         self._signal = number
+        if self._is_alone_and_sampling():
+            os.write(2, b"\nStopping with a checkpoint; once more to stop at once and lose it.\n")
+            raise Interrupted(128 + number)
         # Not print: the signal may have interrupted a print.
         os.write(2, b"\nStopping after this batch with a checkpoint; once more to stop at once and lose it.\n")
+
+    def _is_alone_and_sampling(self) -> bool:
+        """Whether the batch can be given up: nothing has been learned from it, and no other process waits for it."""
+        module = self._module
+        return module is not None and module.trainer.world_size == 1 and getattr(module, "is_sampling", False)
 
     def _is_stopping(self, trainer: Trainer) -> bool:
         """Whether any process got a signal; a collective, so that all of them stop at the same batch."""
@@ -167,10 +193,16 @@ class GracefulStop(Callback):
         finish_checkpoints(trainer)
         self._saved = path
 
+    def _save_last_state(self, trainer: Trainer) -> None:
+        """Save what groups that were given up have not touched, if there is anything new."""
+        if trainer.validating:
+            self._save(trainer, in_validation=True)
+        elif self._place is not None and not trainer.sanity_checking:
+            self._is_rewinding = True
+            self._save(trainer, in_validation=False)
+
     def _exit(self, trainer: Trainer) -> None:
         self._requeue(trainer)
-        where = f"saved {self._saved}. Resume with: --ckpt_path {self._saved}" if self._saved else "nothing to save."
-        _say(f"Stopped: {where}")
         raise Interrupted(128 + (self._signal or signal.SIGTERM))
 
     def _requeue(self, trainer: Trainer) -> None:

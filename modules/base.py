@@ -68,6 +68,9 @@ class ThreadedModule(LightningModule):
         init_from: checkpoints of earlier stages whose weights this run starts from, in order, later ones winning. Not
             to be confused with ``--ckpt_path``, which resumes a run.
         embedder: embeds thoughts for ``expl``.
+
+    Attributes:
+        is_sampling: groups are being decoded and judged, which changes nothing that a checkpoint holds.
     """
 
     stage: ClassVar[str]
@@ -90,6 +93,7 @@ class ThreadedModule(LightningModule):
         self.has_health_monitor = False  # a callback that decides what a bad loss does
         self._seed = torch.initial_seed()
         self._whole = ExitStack()  # weights that are whole until an evaluation ends
+        self.is_sampling = False
         embedder = embedder or NgramEmbedder()
         self.group_metrics = nn.ModuleDict({name: GroupMetrics(embedder) for name in ("val", "test")})
         self.tag_metrics = nn.ModuleDict({name: TagConfusion() for name in ("val", "test")})
@@ -193,6 +197,14 @@ class ThreadedModule(LightningModule):
 
     # ---------------------------------------------------------------- optimisation
 
+    def on_train_start(self) -> None:
+        """Give the data loader the place to resume at.
+
+        With ``max_epochs`` set, the number of steps is found out by making the loader before the checkpoint is
+        restored. Lightning 2.6 then forgets to hand over the loader's state, and the epoch would begin anew.
+        """
+        self.trainer.fit_loop._load_combined_loader_states()  # once: it does nothing if that has been done
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed dropout by its place in the run: a resumed run draws what it would have."""
         place = (self.trainer.current_epoch, batch_idx, self.trainer.global_rank)
@@ -229,9 +241,13 @@ class ThreadedModule(LightningModule):
         """Decode one group per problem and judge its threads; the model's mode is kept."""
         assert self.model is not None
         data = self.data
-        groups, rollout = play_groups(self.model, data.task, data.tokenizer, problems, seeds, spec, data.max_length)
+        self.is_sampling = True
+        try:
+            groups, rollout = play_groups(self.model, data.task, data.tokenizer, problems, seeds, spec, data.max_length)
+            flat = data.task.judge([(group.problem, thread) for group in groups for thread in group.threads])
+        finally:
+            self.is_sampling = False
         num_threads = len(groups[0].threads)
-        flat = data.task.judge([(group.problem, thread) for group in groups for thread in group.threads])
         verdicts = [flat[i : i + num_threads] for i in range(0, len(flat), num_threads)]
         return SampledGroups(groups, verdicts, rollout)
 

@@ -100,6 +100,9 @@ class _Handler(BaseHTTPRequestHandler):
     def fault_500(self, _: str) -> None:
         self.refuse(500)
 
+    def fault_503(self, _: str) -> None:
+        self.refuse(503)
+
     def fault_400(self, _: str) -> None:
         self.refuse(400)
 

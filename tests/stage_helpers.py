@@ -43,6 +43,18 @@ class UnevenDoors(Doors):
         return replace(problem, text="tries " * (index % 4) + problem.text)
 
 
+class SignalWhenRead(UnevenDoors):
+    """Sends this process a signal when the first problem is made: data are read, no model has been built."""
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__()
+        self.number = number
+
+    def problem(self, index: int, split: str = "train") -> Problem:
+        os.kill(os.getpid(), self.number)
+        return super().problem(index, split)
+
+
 def spec(exchange: ExchangeConfig = LATTICE, architecture: dict[str, Any] = QWEN, **options: Any) -> ModelSpec:
     settings = {"num_threads": NUM_THREADS, "layers": [0, 1]} | options
     return ModelSpec(architecture=architecture, exchange=exchange, **settings)
@@ -110,6 +122,16 @@ class Recorder(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.outputs.append(outputs)
+        self.steps.append(trainer.global_step)
+
+
+class Validations(Callback):
+    """Optimizer steps after which a validation came to its end."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.steps.append(trainer.global_step)
 
 

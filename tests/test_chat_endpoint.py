@@ -251,6 +251,15 @@ def test_a_server_that_starts_late_is_waited_for():
         thread.join()
 
 
+def test_a_gateway_whose_server_is_away_is_waited_for_however_often(server):
+    """More often than ``max_attempts``, which would make an error of it, and a gap in the data."""
+    chat = OpenAIChat("tiny", server.url, patience=10, backoff=0.01, max_attempts=2)
+    assert chat.ask([question("503*6 x")])[0].text == "echo: 503*6 x"
+    chat = OpenAIChat("tiny", server.url, patience=0.3, backoff=0.02, max_attempts=2)
+    with pytest.raises(ChatError, match="503.*start the server"):
+        chat.ask([question("503 x")])
+
+
 # ---------------------------------------------------------------- the key
 
 

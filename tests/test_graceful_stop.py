@@ -12,15 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from mlflow.tracking import MlflowClient
 
 from lace_lightning.callbacks.graceful_stop import GracefulStop
 from lace_lightning.checkpoint_io import AtomicCheckpointIO
+from lace_lightning.cli.main import main
+from lace_lightning.folder_lock import LOCK
+from tests.test_resume import sft_settings
 from tests.tracking_helpers import BATCHES_PER_EPOCH, VALIDATION_BATCHES, TinyModel, tiny_trainer
 
-SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
 
 
 def kill_self_at(stage: str, count: int, number: int = signal.SIGTERM) -> Callable[[str, int], None]:
@@ -209,3 +213,36 @@ def test_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
     time.sleep(0.5)  # signals that arrive together may merge into one
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=5) == 143
+
+
+def test_a_signal_before_the_first_batch_ends_the_run_as_killed(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = sft_settings(tmp_path / "checkpoints")
+    task = {"class_path": "tests.stage_helpers.SignalWhenRead", "init_args": {"number": int(signal.SIGUSR1)}}
+    settings["data"]["init_args"]["task"] = task
+    store = {"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db", "save_dir": str(tmp_path / "runs")}
+    settings["trainer"]["logger"] = {"class_path": "lace_lightning.tracking.MLflowLogger", "init_args": store}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    before = [signal.getsignal(number) for number, _ in SIGNALS]
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", "run.yaml"])
+    assert stopped.value.code == 138
+    assert [signal.getsignal(number) for number, _ in SIGNALS] == before
+    client = MlflowClient(store["tracking_uri"])
+    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert run.info.status == "KILLED"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [LOCK]
+
+
+def test_a_second_signal_before_the_first_batch_ends_the_process_at_once(tmp_path: Path) -> None:
+    program = """
+import os, signal
+from lace_lightning.signals import stopping_anywhere
+with stopping_anywhere():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        os.kill(os.getpid(), signal.SIGINT)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], timeout=60)
+    assert done.returncode == 130

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -14,10 +15,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers import CSVLogger
 
 from lace_lightning.callbacks import GracefulStop, StageCheckpoint
 from lace_lightning.checkpoints import read_checkpoint
 from lace_lightning.cli.stages import build
+from lace_lightning.datamodules import ProblemData
 from lace_lightning.decoding import Sampling
 from lace_lightning.embedding import NgramEmbedder
 from lace_lightning.modules import (
@@ -39,6 +42,7 @@ from tests.stage_helpers import (
     Recorder,
     Signal,
     UnevenDoors,
+    Validations,
     assert_same,
     fitted,
     problem_data,
@@ -226,6 +230,28 @@ def test_grpo_stopped_by_sigterm_resumes_as_the_uninterrupted_run(batch: int, tm
     assert_same(values(whole), values(rest))
 
 
+# ---------------------------------------------------------------- a limit of epochs
+
+
+@pytest.mark.parametrize("make", [sft, grpo])
+def test_a_run_with_a_limit_of_epochs_resumes_inside_the_epoch(make, tmp_path: Path) -> None:
+    """As in all shipped configs. Lightning then makes the loader before it knows where to resume."""
+    data, steps = (trace_data, 1) if make is sft else (problem_data, 4)
+    torch.manual_seed(0)
+    whole = make()
+    fitted(whole, data(), max_steps=5 * steps, max_epochs=1000)
+    torch.manual_seed(0)
+    part = make()
+    stopped = quiet_trainer(5 * steps, [GracefulStop(), Signal(1)], default_root_dir=tmp_path, max_epochs=1000)
+    with pytest.raises(SystemExit):
+        stopped.fit(part, data())
+    torch.manual_seed(0)
+    rest = make()
+    trainer = quiet_trainer(5 * steps, max_epochs=1000)
+    trainer.fit(rest, data(), ckpt_path=tmp_path / "checkpoints" / "interrupted.ckpt")
+    assert_same(values(whole), values(rest))
+
+
 # ---------------------------------------------------------------- dropout
 
 
@@ -322,3 +348,94 @@ def test_shipped_configs_save_the_last_step() -> None:
     assert len(configs) > 5
     assert [path.name for path in configs if "ModelCheckpoint" in path.read_text()] == []
     assert "callbacks.StageCheckpoint" in (ROOT / "configs/demo/base.yaml").read_text()
+
+
+# ---------------------------------------------------------------- signals while groups are decoded
+
+
+class SignalledDoors(UnevenDoors):
+    """Sends this process a signal when its threads have decoded a few columns of the batch of that number, if any."""
+
+    def __init__(self, batch: int = -1, number: int = signal.SIGTERM) -> None:
+        super().__init__()
+        self.batch, self.number = batch, number
+        self.batches = self.late_columns = 0
+
+    def environment(self, problems, num_threads, tokenizer):
+        environment, number = super().environment(problems, num_threads, tokenizer), self.batches
+        self.batches += 1
+        step, columns = environment.step, 0
+
+        def counted(tokens, written):
+            nonlocal columns
+            columns += 1
+            if number == self.batch and columns == 3:
+                os.kill(os.getpid(), self.number)
+            self.late_columns += number == self.batch and columns > 3
+            return step(tokens, written)
+
+        environment.step = counted
+        return environment
+
+
+def problems_of(task: SignalledDoors) -> ProblemData:
+    return ProblemData(
+        task, num_threads=NUM_THREADS, batch_size=2, num_train_problems=12, num_problems=4, val_batch_size=2,
+        max_length=MAX_LENGTH,
+    )  # fmt: skip
+
+
+VALIDATED = {"limit_val_batches": 1.0, "val_check_interval": 3, "log_every_n_steps": 1}
+"""Six batches of an epoch; two validation batches after the third and the sixth."""
+
+
+@pytest.mark.parametrize(
+    ("batch", "steps"),
+    [
+        (2, 2),  # the third rollout
+        (3, 3),  # first batch of the first validation
+        (4, 3),  # its second batch
+        (5, 3),  # the rollout after it
+        (10, 6),  # first rollout of the second epoch
+    ],
+)
+def test_a_signal_inside_a_rollout_or_validation_is_obeyed_at_once_and_resumed_exactly(
+    batch: int, steps: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    whole, validations = grpo(), Validations()
+    log = CSVLogger(tmp_path, "whole", flush_logs_every_n_steps=1)
+    quiet_trainer(32, [validations], logger=log, **VALIDATED).fit(whole, problems_of(SignalledDoors()))
+
+    torch.manual_seed(0)
+    task, before = SignalledDoors(batch), Validations()
+    stopped = quiet_trainer(32, [GracefulStop(), before], default_root_dir=tmp_path, **VALIDATED)
+    with pytest.raises(SystemExit) as end:
+        stopped.fit(grpo(), problems_of(task))
+    assert end.value.code == 143
+    assert task.late_columns == 0, "the batch was not finished"
+    checkpoint = tmp_path / "checkpoints" / "interrupted.ckpt"
+    assert read_checkpoint(checkpoint)["global_step"] == 4 * steps
+
+    torch.manual_seed(0)
+    rest, after = grpo(), Validations()
+    rest_log = CSVLogger(tmp_path, "rest", flush_logs_every_n_steps=1)
+    again = quiet_trainer(32, [after, GracefulStop()], logger=rest_log, **VALIDATED)
+    again.fit(rest, problems_of(SignalledDoors()), ckpt_path=checkpoint)
+    assert_same(values(whole), values(rest))
+    assert before.steps + after.steps == validations.steps, "each validation came to its end once"
+    assert _steps_logged(rest_log) == [step for step in _steps_logged(log) if step >= steps]
+
+
+def _steps_logged(log: CSVLogger) -> list[int]:
+    rows = csv.DictReader(Path(log.log_dir, "metrics.csv").read_text().splitlines())
+    return [int(row["step"]) for row in rows if row["policy/loss"]]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+def test_a_signal_inside_the_first_rollout_has_nothing_to_save(number: int, code: int, tmp_path: Path, capsys) -> None:
+    trainer = quiet_trainer(32, [GracefulStop()], default_root_dir=tmp_path)
+    with pytest.raises(SystemExit) as end:
+        trainer.fit(grpo(), problems_of(SignalledDoors(0, number)))
+    assert end.value.code == code and list(tmp_path.iterdir()) == []
+    assert "nothing to save" in capsys.readouterr().out

@@ -14,18 +14,24 @@ import pytest
 from lace_lightning.tasks import Verdict
 from lace_lightning.traces.schema import Problem
 from lace_lightning.verification import Kind, MathTask, Reference, Verifier
-from lace_lightning.verification.pool import PoolCounts, WorkerPool
+from lace_lightning.verification.pool import PoolCounts, WorkerPool, WorkersFailed, _Worker
 from lace_lightning.verification.worker import compare
 from tests.hand_built import RIGHT, UNPARSABLE, WRONG, thread
 
 # Answers in upper case, unless a job tells it to misbehave; a path is a place where two workers meet.
 SHOUTER = """
-import json, os, sys
+import json, os, signal, sys
 print('"ready"', flush=True)
 for line in sys.stdin:
     job = json.loads(line)
     if job == "hang":
         signals_are_no_use = 9**9**9
+    if job.startswith(("kill", "stop")):
+        accident, place = job.split()
+        if not os.path.exists(place):
+            if place.endswith("once"):
+                open(place, "w").close()
+            os.kill(os.getpid(), getattr(signal, "SIG" + accident.upper()))
     if job == "die":
         os._exit(1)
     if os.path.isdir(job):
@@ -226,6 +232,44 @@ def test_a_hung_or_dead_worker_loses_only_its_own_item(shouters):
     assert 5 <= shouters.counts.starts <= 6, "two at first, and one for each that was lost with work left"
 
 
+@pytest.mark.parametrize("accident", ["kill", "stop"])
+def test_a_job_whose_worker_is_stopped_or_killed_by_others_is_done_all_the_same(
+    shouters, accident, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("lace_lightning.verification.pool.STANDSTILL", 0.5)
+    jobs = ["a", f"{accident} {tmp_path}/once", "b"]
+    assert shouters.map(jobs) == [job.upper() for job in jobs]
+    assert (shouters.counts.timeouts, shouters.counts.crashes, shouters.counts.retries) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("accident", ["kill", "stop"])
+def test_a_job_that_no_worker_is_left_alone_with_is_an_error_and_no_reply(shouters, accident, tmp_path, monkeypatch):
+    monkeypatch.setattr("lace_lightning.verification.pool.STANDSTILL", 0.5)
+    with pytest.raises(WorkersFailed, match="no reply.*memory"):
+        shouters.map(["a", f"{accident} {tmp_path}/always", "b"])
+    assert shouters.map(["c"]) == ["C"]
+
+
+def test_a_job_pays_for_its_own_time_and_not_for_that_of_others(monkeypatch):
+    """Its clock runs at a fifth, as on a machine that is busy with others: it gets five times as long."""
+    used = _Worker._used
+    monkeypatch.setattr(_Worker, "_used", lambda self: used(self) / 5)
+    pool = WorkerPool([sys.executable, "-c", SHOUTER], num_workers=1, time_limit=0.3)
+    pool.map(["a"])
+    began = time.monotonic()
+    assert pool.map(["hang"]) == [None]
+    assert time.monotonic() - began > 1.4 and pool.counts.timeouts == 1
+    pool.close()
+
+
+def test_answers_that_cost_too_much_are_told_the_first_time_and_then_rarely(caplog):
+    with Verifier(num_workers=1, time_limit=0.2) as verifier:
+        for number in range(5):
+            verifier.verify([("1/2", f"10^{{10^{{10^{{{number + 10}}}}}}}")])
+    assert [record.args[0] for record in caplog.records] == [1, 2, 4]
+    assert "time_limit=0.2" in caplog.text
+
+
 def test_hung_workers_are_dead_afterwards_and_replaced(shouters):
     shouters.map(["a", "b"])
     before = [worker._process for worker in shouters._workers]
@@ -268,7 +312,7 @@ def test_a_worker_that_hangs_after_its_parent_died_ends_itself():
         worker.stdin.write(b'{"gold": ["1"]}\n')
         worker.stdin.close()
         try:
-            assert worker.wait(timeout=5) == -signal.SIGALRM
+            assert worker.wait(timeout=30) == -signal.SIGPROF
         finally:
             worker.kill()
 

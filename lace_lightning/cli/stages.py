@@ -16,18 +16,31 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lace_lightning.callbacks import GracefulStop, HealthMonitor, Lineage, SaveConfig, UnhealthyRun, ValidationTable
+from lace_lightning.callbacks import (
+    GracefulStop,
+    HealthMonitor,
+    Lineage,
+    OneRun,
+    SaveConfig,
+    UnhealthyRun,
+    ValidationTable,
+)
 from lace_lightning.callbacks.lineage import last_checkpoint
 from lace_lightning.cli.main import STAGES, UNHEALTHY, explain
 from lace_lightning.cli.next_steps import say_next
+from lace_lightning.cli.orphans import end_with_launcher
 from lace_lightning.cli.shipped import with_shipped_configs
 from lace_lightning.datamodules.base import GroupData
 from lace_lightning.modules import ThreadedModule
 from lace_lightning.modules.base import NonFiniteLossError
+from lace_lightning.signals import stopping_anywhere
 from lace_lightning.tracking import TrackingError
 from lace_lightning.tracking.run_folder import run_folder
+from lace_lightning.verification.pool import WorkersFailed
 
-MISTAKES = (ArgumentError, ValueError, OSError, MisconfigurationException, NonFiniteLossError, TrackingError)
+MISTAKES = (
+    ArgumentError, ValueError, OSError, MisconfigurationException, NonFiniteLossError, TrackingError, WorkersFailed,
+)  # fmt: skip
 """What a user can mend: shown as one message. Anything else is a bug of ours and keeps its traceback."""
 
 
@@ -44,6 +57,12 @@ class LaceCLI(LightningCLI):
         Lightning would silently replace it by the hyperparameters of ``--ckpt_path``; our modules refuse to resume
         under other settings instead (:meth:`ThreadedModule.on_load_checkpoint`).
         """
+
+    def before_fit(self) -> None:
+        """Refuse a second run of the same files before anything is begun."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, OneRun):
+                callback.hold_known(self.trainer, self.config_init["fit"]["ckpt_path"])
 
     def before_predict(self) -> None:
         """Groups are written as they come (``GroupWriter``), not kept until the end."""
@@ -63,8 +82,10 @@ class LaceCLI(LightningCLI):
 
 def run(arguments: Sequence[str]) -> int:
     """Run one Lightning subcommand; returns the exit code."""
+    end_with_launcher()
     try:
-        cli = build(arguments)
+        with stopping_anywhere():
+            cli = build(arguments)
     except UnhealthyRun as error:
         explain(error)
         return UNHEALTHY
@@ -74,9 +95,21 @@ def run(arguments: Sequence[str]) -> int:
         return explain_out_of_memory(error, arguments)
     except MISTAKES as error:
         return explain(error)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        return explain(_dead_worker(error))
     if cli.trainer.is_global_zero and "-h" not in arguments:
         say_next(*_next(arguments[0], cli))
     return 0
+
+
+def _dead_worker(error: RuntimeError) -> RuntimeError:
+    """The error of a data worker that was killed, with its remedy."""
+    return RuntimeError(
+        f"{str(error).strip()} Workers are mostly killed for lack of memory: see the kernel log, lower "
+        "data.num_workers, and resume with --ckpt_path and the last checkpoint: no batch is lost"
+    )
 
 
 def _next(command: str, cli: LaceCLI) -> list[tuple[str, str]]:
@@ -146,7 +179,7 @@ def build(
         trainer_defaults={
             "logger": {"class_path": "lace_lightning.tracking.MLflowLogger"},
             "plugins": [{"class_path": "lace_lightning.checkpoint_io.AtomicCheckpointIO"}],
-            "callbacks": [*callbacks, Lineage(f"lace {shlex.join(arguments)}")],
+            "callbacks": [OneRun(), *callbacks, Lineage(f"lace {shlex.join(arguments)}")],
         },
         parser_kwargs={**raise_errors, **{stage: dict(raise_errors) for stage in STAGES}},
         args=with_shipped_configs(arguments),

@@ -23,7 +23,7 @@ class MathTask(Task):
         prompt: format string around the problem's ``{text}``.
         opening: what opens a thread's closing assessment.
         num_workers: number of verification processes.
-        time_limit: seconds to verify one answer.
+        time_limit: seconds of processor time to verify one answer.
         follow_ups: version of the wordings of follow-up questions (``follow_ups_v1.yaml`` beside this file).
 
     Raises:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import threading
 import time
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, Literal
+
+import psutil
 
 START_LIMIT = 120.0
 """Seconds that a worker may take to start: the imports, on a busy machine."""
@@ -20,20 +24,35 @@ START_LIMIT = 120.0
 MAX_FAILED_STARTS = 3
 """Starts in a row that may fail: one may be bad luck, such as a machine short of memory."""
 
+MAX_ATTEMPTS = 3
+"""Times that a job is begun whose worker comes to a standstill or is killed by others."""
+
+STANDSTILL = 10.0
+"""Seconds without any use of the processor after which a worker with a job is taken for stopped."""
+
+_KILLED = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGINT}
+"""Exit codes of workers that somebody else ended: the system short of memory, an operator."""
+
+
+class WorkersFailed(RuntimeError):
+    """Workers do not start, or none comes to an end with a job, through no fault of the job."""
+
 
 @dataclass(frozen=True)
 class PoolCounts:
     """What became of the workers.
 
     Args:
-        timeouts: jobs that took longer than the time limit; their worker was killed.
-        crashes: jobs whose worker died.
+        timeouts: jobs that used up the time limit; their worker was killed.
+        crashes: jobs whose worker died of them.
         starts: workers that were started.
+        retries: jobs that were begun again, since their worker stood still or was killed by others.
     """
 
     timeouts: int = 0
     crashes: int = 0
     starts: int = 0
+    retries: int = 0
 
 
 class WorkerPool:
@@ -43,11 +62,14 @@ class WorkerPool:
     locks, need no ``if __name__ == "__main__"`` in the user's script, and Ctrl-C in the terminal doesn't reach them.
     They start with the first job and end with the pool, at the latest with this process.
 
+    A job pays for what it uses itself, processor time and memory. What the machine does to a worker (a stall, a kill)
+    is no fault of the job, which is begun again.
+
     Args:
         command: the worker program. It writes one line when it is ready and then one JSON line for every line that it
             reads; it ends when its input ends.
         num_workers: number of processes.
-        time_limit: seconds for one job.
+        time_limit: seconds of processor time for one job.
 
     Attributes:
         counts: what became of the workers so far.
@@ -60,23 +82,25 @@ class WorkerPool:
         self.counts = PoolCounts()
         self._workers: list[_Worker] = []
         self._failed_starts = 0
+        self._attempts: Counter[int] = Counter()  # by job
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _discard_all, self._workers)  # runs at exit, too
 
     def map(self, jobs: Sequence[Any]) -> list[Any | None]:
-        """Replies to the jobs, in order; None where a worker hung or died.
+        """Replies to the jobs, in order; None where a job used up its time or its worker died of it.
 
         Raises:
-            RuntimeError: :data:`MAX_FAILED_STARTS` workers in a row ended, or were silent for :data:`START_LIMIT`,
-                before they were ready.
+            WorkersFailed: :data:`MAX_FAILED_STARTS` workers in a row ended, or were silent for :data:`START_LIMIT`,
+                before they were ready; or :data:`MAX_ATTEMPTS` of them stood still or were killed with the same job.
         """
         replies: list[Any | None] = [None] * len(jobs)
         waiting = deque(range(len(jobs)))
         with self._lock:
+            self._attempts.clear()
             try:
                 while waiting or any(worker.job is not None for worker in self._workers):
                     self._assign(jobs, waiting)
-                    self._collect(replies)
+                    self._collect(replies, waiting)
             except BaseException:  # a reply that comes later must not pass for that to another call's job
                 self.close()
                 raise
@@ -100,7 +124,7 @@ class WorkerPool:
             except BrokenPipeError:  # it died between two jobs
                 self._discard(worker)
 
-    def _collect(self, replies: list[Any | None]) -> None:
+    def _collect(self, replies: list[Any | None], waiting: deque[int]) -> None:
         pending = [worker for worker in self._workers if not worker.is_idle]
         if not pending:
             return
@@ -114,22 +138,40 @@ class WorkerPool:
                 else:
                     replies[worker.job] = worker.reply()
                 worker.rest()
-            elif not is_alive or time.monotonic() >= worker.deadline:
+            elif not is_alive or worker.is_overdue():
                 self._discard(worker)
-                if worker.job is None:
-                    self._count_failed_start()
-                else:
-                    self._count(timeouts=int(is_alive), crashes=int(not is_alive))
+                self._account(worker, waiting)
 
-    def _count(self, timeouts: int = 0, crashes: int = 0, starts: int = 0) -> None:
+    def _account(self, worker: _Worker, waiting: deque[int]) -> None:
+        """Say whose fault the end of a worker was; a job that had none goes back to the front."""
+        if worker.job is None:
+            self._count_failed_start()
+        elif worker.fate == "used up":
+            self._count(timeouts=1)
+        elif worker.fate == "died":
+            self._count(crashes=1)
+        else:
+            self._attempts[worker.job] += 1
+            if self._attempts[worker.job] == MAX_ATTEMPTS:
+                raise WorkersFailed(
+                    f"{MAX_ATTEMPTS} worker processes in a row stood still for {STANDSTILL:g} s or were killed by "
+                    "others in the middle of one job, so there is no reply to it. Is the machine short of memory "
+                    "(see its kernel log), or are its processes being stopped?"
+                )
+            self._count(retries=1)
+            waiting.appendleft(worker.job)
+
+    def _count(self, timeouts: int = 0, crashes: int = 0, starts: int = 0, retries: int = 0) -> None:
         old = self.counts
-        self.counts = PoolCounts(old.timeouts + timeouts, old.crashes + crashes, old.starts + starts)
+        self.counts = PoolCounts(
+            old.timeouts + timeouts, old.crashes + crashes, old.starts + starts, old.retries + retries
+        )
 
     def _count_failed_start(self) -> None:
         self._failed_starts += 1
         if self._failed_starts == MAX_FAILED_STARTS:
             self._failed_starts = 0
-            raise RuntimeError(
+            raise WorkersFailed(
                 f"{MAX_FAILED_STARTS} worker processes in a row ended or were silent before they were ready: run the "
                 f"command {' '.join(self.command)!r} to see why"
             )
@@ -156,6 +198,10 @@ class _Worker:
         self.job: int | None = None
         self.is_idle = False
         self.deadline = time.monotonic() + START_LIMIT
+        """When to look again whether it is overdue."""
+        self.fate: Literal["used up", "stood still", "died", "was killed"] = "died"
+        """How it ended, once it was killed."""
+        self._clock = psutil.Process(self._process.pid)
         self._received = b""
 
     def send(self, index: int, job: Any, time_limit: float) -> None:
@@ -168,11 +214,34 @@ class _Worker:
         self._input.flush()
         self.job, self.is_idle = index, False
         self.deadline = time.monotonic() + time_limit
+        self._budget = self._used() + time_limit
+        self._moved = self._used(), time.monotonic()
+
+    def is_overdue(self) -> bool:
+        """Whether it has used up its processor time, or has long used none; of a starting one, its time to start."""
+        now, used = time.monotonic(), self._used()
+        if now < self.deadline:
+            return False
+        if self.job is None:
+            return True
+        if used > self._moved[0]:
+            self._moved = used, now
+        if used >= self._budget:
+            self.fate = "used up"
+        elif now >= self._moved[1] + STANDSTILL:
+            self.fate = "stood still"
+        else:
+            self.deadline = now + min(max(self._budget - used, 0.02), 1.0)
+            return False
+        return True
 
     def receive(self) -> bool:
         """Take what it has written so far; False if it has closed its output."""
         data = os.read(self.output, 4096)
         self._received += data
+        if not data:
+            with suppress(subprocess.TimeoutExpired):  # its end may be a moment away
+                self._process.wait(1.0)
         return bool(data)
 
     @property
@@ -186,8 +255,18 @@ class _Worker:
         self.job, self.is_idle, self._received = None, True, b""
 
     def kill(self) -> None:
+        if self._process.poll() in _KILLED:
+            self.fate = "was killed"
         self._process.kill()
         self._process.communicate()  # reaps it and closes its pipes
+
+    def _used(self) -> float:
+        """Seconds of processor time so far."""
+        try:
+            times = self._clock.cpu_times()
+        except psutil.Error:  # it is dead, which its output tells
+            return 0.0
+        return times.user + times.system
 
 
 def _discard_all(workers: list[_Worker]) -> None:

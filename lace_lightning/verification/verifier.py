@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from lace_lightning.verification.sight import Question, look
 MEMORY_LIMIT = 2 * 1024**3
 """Bytes of address space for one worker, where the platform can limit it."""
 
+log = logging.getLogger(__name__)
+
 _WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -30,7 +33,7 @@ class Verifier:
 
     Args:
         num_workers: number of worker processes.
-        time_limit: seconds for one answer; one that takes longer is unparsable.
+        time_limit: seconds of processor time for one answer; one that takes longer is unparsable.
 
     Raises:
         ValueError: no workers, or no time.
@@ -57,10 +60,12 @@ class Verifier:
         Returns:
             One verdict per pair, in order. An answer is ``UNPARSABLE`` if it is missing, overlong or not readable
             (:func:`~lace_lightning.verification.spelling.is_readable`), not of the reference's kind, or took too long
-            or too much memory to compare. :attr:`counts` tells the last two apart.
+            or too much memory to compare. :attr:`counts` tells the last two apart, and a warning counts them. A worker
+            that stalls or is killed by others is no fault of its answer, which is compared again.
 
         Raises:
-            RuntimeError: math-verify is not installed, or the worker processes can't be started.
+            RuntimeError: math-verify is not installed; :class:`~lace_lightning.verification.pool.WorkersFailed`: the
+                worker processes can't be started, or are stopped or killed again and again.
         """
         asked = [(Reference(gold) if isinstance(gold, str) else gold, answer) for gold, answer in pairs]
         seen = {pair: look(*pair) for pair in asked}
@@ -74,6 +79,10 @@ class Verifier:
         """What became of the workers since the first answer."""
         return self._pool.counts
 
+    @property
+    def _num_expensive(self) -> int:
+        return self.counts.timeouts + self.counts.crashes
+
     def close(self) -> None:
         """End the worker processes; a later :meth:`verify` starts new ones."""
         self._pool.close()
@@ -83,7 +92,14 @@ class Verifier:
             raise RuntimeError(
                 "answers of mathematics need math-verify, which is not installed: pip install math-verify"
             )
+        before = self._num_expensive
         replies = self._pool.map([asdict(question) for question in questions])
+        if self._num_expensive.bit_length() > before.bit_length():  # the 1st, 2nd, 4th, 8th …
+            log.warning(
+                "%d answers so far used up time_limit=%g s of processor time or %d GiB of memory. They count as "
+                "unparsable, hence not as correct; if they look right to you, raise time_limit.",
+                self._num_expensive, self.time_limit, MEMORY_LIMIT // 1024**3,
+            )  # fmt: skip
         return [Verdict(reply or Verdict.UNPARSABLE) for reply in replies]
 
     def __enter__(self) -> Verifier:

@@ -131,16 +131,16 @@ def _is_text(readings: list) -> bool:
 def serve(judge: Callable[..., str], seconds: float) -> None:
     """Answer jobs until the input ends; the fields of each are the judge's keyword arguments.
 
-    An alarm without a handler ends the process ``seconds`` after a job began: nobody would kill a worker that hangs
-    after its parent has died.
+    An alarm without a handler ends the process after ``seconds`` of processor time for one job: nobody would kill a
+    worker that hangs after its parent has died.
     """
     replies = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing that a parser prints may pass for a reply
     _reply(replies, "ready")
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         verdict = judge(**json.loads(line))
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         _reply(replies, verdict)
 
 
@@ -158,6 +158,6 @@ def limit_memory(num_bytes: int) -> None:
 
 if __name__ == "__main__":
     logging.disable()
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     limit_memory(int(sys.argv[1]))
     serve(compare, float(sys.argv[2]))

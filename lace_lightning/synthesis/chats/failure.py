@@ -13,10 +13,12 @@ from openai import APIConnectionError, APIStatusError
 from lace_lightning.printable import one_line
 
 Outlook = Literal["retry", "unreachable", "request", "key", "model", "credit"]
-"""``retry``: may pass. ``unreachable``: nobody listens there (yet). ``request``: the server will not have this request.
-The rest is the same for all requests: the key is refused, the model is unknown, nobody pays."""
+"""``retry``: may pass. ``unreachable``: nobody listens there (yet), or a gateway says so. ``request``: the server will
+not have this request. The rest is the same for all requests: the key is refused, the model is unknown, nobody pays."""
 
 _MAY_PASS = {408, 409, 425, 429}
+_AWAY = {502, 503, 504}
+"""What a gateway says while the server behind it is away, and a server while it loads its model."""
 _OUTLOOKS: dict[int, Outlook] = {401: "key", 402: "credit", 403: "key", 404: "model", 405: "model"}
 _NEVER_CONNECTED = {"ConnectError", "ConnectTimeout"}
 _HIDDEN = "<hidden>"
@@ -74,7 +76,8 @@ def _refusal(error: APIStatusError, key: str) -> Failure:
     if error.code == "insufficient_quota":  # comes as 429, and no waiting helps
         return Failure("credit", reason)
     if status in _MAY_PASS or status >= 500:
-        return Failure("retry", reason, _retry_after(error.response.headers.get("retry-after", "")))
+        outlook: Outlook = "unreachable" if status in _AWAY else "retry"
+        return Failure(outlook, reason, _retry_after(error.response.headers.get("retry-after", "")))
     return Failure(_OUTLOOKS.get(status, "request"), reason)
 
 
