@@ -20,14 +20,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Save to a local path; URLs (``s3://…``) go Lightning's own way."""
+        """Save to a local path; URLs (``s3://…``) go Lightning's own way.
+
+        Raises:
+            OSError: the disk is full; an earlier file of that name is as it was.
+        """
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(target) as unfinished:
-            torch.save(checkpoint, unfinished)
+        with whole_file(target) as unfinished, unfinished.open("wb") as stream:
+            torch.save(checkpoint, stream)  # given a path, it would not say that the disk is full
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None

@@ -105,16 +105,15 @@ def test_killed_at_ten_random_points_it_gives_the_same_files_and_pays_no_request
 def test_a_line_torn_by_a_kill_is_written_again(uninterrupted, tmp_path, stage, monkeypatch):
     """Half of the third row of a stage reaches the file, then power is gone."""
     path = config(tmp_path)
-    whole = work_folder._append
+    whole = work_folder.append_lines
 
-    def torn(file, value):
-        if f"{stage}.partial" in file.name and value["position"] % 7 == 5:
-            file.write(work_folder.to_line(value)[:40])
-            file.flush()
+    def torn(file, line):
+        if f"{stage}.partial" in file.name and json.loads(line)["position"] % 7 == 5:
+            file.write(line[:40].encode())
             raise KeyboardInterrupt
-        whole(file, value)
+        whole(file, line)
 
-    monkeypatch.setattr(work_folder, "_append", torn)
+    monkeypatch.setattr(work_folder, "append_lines", torn)
     assert synth("--config", path) == 130
     assert not (tmp_path / f"out/{stage}.partial.jsonl").read_bytes().endswith(b"\n")
     monkeypatch.undo()

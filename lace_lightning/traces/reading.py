@@ -10,7 +10,9 @@ import json
 import os
 import re
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,6 +26,7 @@ OnBad = Literal["error", "skip"]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _MAX_REPORTED = 10
+_BATCH_ROWS = 256
 _T = TypeVar("_T", Problem, Trace)
 
 
@@ -287,7 +290,7 @@ def _lines(path: Path, option: str, compressed: bool) -> Iterator[tuple[str, byt
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield f"{path}:{number}", line
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise BadDataError(f"{option}={str(path)!r}: cannot be read ({error}); is the file whole?") from error
 
 
@@ -296,12 +299,15 @@ def _numbered(rows: Iterable[object], name: str) -> Iterator[tuple[str, object]]
         yield f"{name}:row {number}", row
 
 
-def _load_parquet(path: Path, option: str) -> Iterable[object]:
-    import datasets  # slow to import
+def _load_parquet(path: Path, option: str) -> Iterator[object]:
+    import pyarrow as pa  # slow to import
+    import pyarrow.parquet as pq
 
     try:
-        return datasets.load_dataset("parquet", data_files=str(path), split="train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS):
+                yield from batch.to_pylist()
+    except (OSError, pa.ArrowException) as error:
         raise BadDataError(
             f"{option}={str(path)!r}: cannot be read as Parquet ({error}); is the file whole?"
         ) from error
@@ -369,11 +375,14 @@ def _write_jsonl(rows: Iterable[dict[str, Any]], path: Path, compress: bool) -> 
 
 
 def _write_parquet(rows: Iterable[dict[str, Any]], path: Path) -> None:
-    from datasets import Dataset, Features, Value  # slow to import
+    import pyarrow as pa  # slow to import
+    import pyarrow.parquet as pq
 
-    string = Value("string")
-    texts = dict.fromkeys(["text", "answer", "tag", "strategy", "origin"], string)
-    threads = [{**texts, "forced": [[Value("int64")]]}]
-    columns = dict.fromkeys(["id", "problem", "answer", "source", "facts"], string)
-    listed = [{**row, "facts": json.dumps(row["facts"], ensure_ascii=False)} for row in rows]
-    Dataset.from_list(listed, features=Features({**columns, "threads": threads})).to_parquet(str(path))
+    texts = [(name, pa.string()) for name in ("text", "answer", "tag", "strategy", "origin")]
+    threads = pa.list_(pa.struct([*texts, ("forced", pa.list_(pa.list_(pa.int64())))]))
+    columns = [(name, pa.string()) for name in ("id", "problem", "answer", "source", "facts")]
+    schema = pa.schema([*columns, ("threads", threads)])
+    listed = ({**row, "facts": json.dumps(row["facts"], ensure_ascii=False)} for row in rows)
+    with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
+        while batch := list(islice(listed, _BATCH_ROWS)):
+            writer.write_table(pa.Table.from_pylist(batch, schema))

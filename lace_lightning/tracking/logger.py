@@ -314,6 +314,9 @@ class MLflowLogger(Logger):
 
     def _flush(self) -> None:
         assert self._run is not None
+        if lost := self._run.spool.settle():
+            folder = self._run.spool.folder
+            log.error("There is no room in %s for the last %d records of this run: they are lost.", folder, lost)
         try:
             left = self._run.sender.close(FLUSH_SECONDS)
         except KeyboardInterrupt:  # a second Ctrl-C: the user will not wait

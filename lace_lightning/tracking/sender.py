@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lace_lightning.tracking.redact import redact_uri
-from lace_lightning.tracking.spool import Record, SpoolReader
+from lace_lightning.tracking.spool import REFUSED, Record, SpoolReader
 from lace_lightning.tracking.traces import send_trace
 from lace_lightning.tracking.weights import model_of, send_uses, send_weights
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 SEND_SECONDS = 2.0
 MAX_WAIT_SECONDS = 30.0
 _CLOSING_WAIT_SECONDS = 0.5
+
+_SICK_DATABASE = ("QueuePool limit", "DatabaseError", "InternalError", "InterfaceError", "PendingRollbackError")
+"""In the message of an error: the database is busy or damaged, and the records are not to blame."""
 
 log = logging.getLogger(__name__)
 
@@ -33,14 +36,18 @@ def drain(client: MlflowClient, reader: SpoolReader) -> None:
         records, end = reader.read()
         if not records:
             return
-        _send(client, reader, records)
+        damaged = [record for record in records if record["kind"] == "unreadable"]
+        for record in damaged:
+            _set_aside(reader, record, "the line is damaged on this disk")
+        _send(client, reader, [record for record in records if record not in damaged])
         reader.acknowledge(records, end)
 
 
 def _send(client: MlflowClient, reader: SpoolReader, records: list[Record]) -> None:
     """Send records as one batch; if the store rejects it, one by one, setting aside those that it never will take."""
     try:
-        _send_batch(client, reader, records)
+        if records:
+            _send_batch(client, reader, records)
     except Exception as error:
         if not _is_refusal(error):
             raise
@@ -48,8 +55,12 @@ def _send(client: MlflowClient, reader: SpoolReader, records: list[Record]) -> N
             for record in records:
                 _send(client, reader, [record])
             return
-        reader.refuse(records[0], str(error))
-        log.warning("MLflow refused a record, which is kept in %s: %s", reader.folder / "refused.jsonl", error)
+        _set_aside(reader, records[0], str(error))
+
+
+def _set_aside(reader: SpoolReader, record: Record, reason: str) -> None:
+    reader.refuse(record, reason)
+    log.warning("MLflow refused a record, which is kept in %s: %s", reader.folder / REFUSED, reason)
 
 
 def _send_batch(client: MlflowClient, reader: SpoolReader, records: list[Record]) -> None:
@@ -98,7 +109,9 @@ def _is_refusal(error: Exception) -> bool:
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
-        return error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
+        if error.error_code == "BAD_REQUEST":  # also what MLflow makes of most errors of its database
+            return not any(sign in str(error) for sign in _SICK_DATABASE)
+        return error.error_code in ("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST")
     response = getattr(error, "response", None)  # requests.HTTPError of an artifact upload
     if response is not None:
         return response.status_code in (400, 413)
