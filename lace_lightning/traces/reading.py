@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from lace_lightning.traces.checksum import checksum_file, has_other_checksum, write_checksum
 from lace_lightning.traces.columns import Columns
 from lace_lightning.traces.schema import Problem, Tag, Trace, TraceThread
 from lace_lightning.whole_file import whole_file
@@ -91,8 +92,11 @@ def read_traces(
 def write_traces(traces: Iterable[Trace], path: str | Path) -> None:
     """Write traces as JSONL, gzipped JSONL or Parquet, chosen by suffix; the file appears whole or not at all.
 
+    Its checksum is kept beside it, in ``<path>.sha256``, and checked by whoever reads it here.
+
     Raises:
         BadDataError: unsupported suffix.
+        OSError: the disk is full; an earlier file is as it was.
     """
     path = Path(path)
     suffix = _suffix(path, "path")
@@ -102,6 +106,8 @@ def write_traces(traces: Iterable[Trace], path: str | Path) -> None:
             _write_parquet(rows, unfinished)
         else:
             _write_jsonl(rows, unfinished, compress=suffix == ".jsonl.gz")
+        checksum_file(path).unlink(missing_ok=True)  # the earlier file's
+    write_checksum(path)
 
 
 def parse_problem(row: object) -> Problem:
@@ -279,6 +285,11 @@ def _rows(source: str, split: str, option: str, subset: str | None) -> Iterator[
     suffix = _suffix(path, option)
     if not path.exists():
         raise BadDataError(f"{option}={source!r}: no such file; check the path (it is relative to {os.getcwd()})")
+    if has_other_checksum(path):
+        raise BadDataError(
+            f"{option}={source!r}: it is damaged or was changed: {checksum_file(path)} has another checksum; make or "
+            "copy it anew, or delete that file if you changed the rows yourself"
+        )
     if suffix == ".parquet":
         return _numbered(_load_parquet(path, option), source)
     return _lines(path, option, compressed=suffix == ".jsonl.gz")
@@ -307,7 +318,7 @@ def _load_parquet(path: Path, option: str) -> Iterator[object]:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             for batch in file.iter_batches(batch_size=_BATCH_ROWS):
                 yield from batch.to_pylist()
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise BadDataError(
             f"{option}={str(path)!r}: cannot be read as Parquet ({error}); is the file whole?"
         ) from error
