@@ -73,8 +73,8 @@ def _room_explained(path: Path) -> Iterator[None]:
         free = shutil.disk_usage(path.parent).free / 1e6
         raise OSError(
             cause.errno,
-            f"{cause.strerror}: {path} could not be written, with {free:,.1f} MB free there. "
-            "What was there before is as it was: make room, and run it again",
+            f"{cause.strerror}: {path} could not be written, with {free:,.1f} MB free there: make room. "
+            "What was there before is as it was",
         ) from error
 
 

@@ -30,7 +30,7 @@ from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lace_lightning.whole_file import append_lines, open_lines, write_text
+from lace_lightning.whole_file import append_lines, open_lines, whole_file, write_text
 
 Record = dict[str, Any]
 
@@ -222,10 +222,11 @@ def _open_locked(path: Path) -> FileIO:
 
 
 def _keep(path: Path, content: bytes) -> None:
-    """Write an artifact's copy, which counts only once a record names it."""
+    """Write an artifact's copy into a folder of its own."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        with whole_file(path) as unfinished:
+            unfinished.write_bytes(content)
     except OSError:
         shutil.rmtree(path.parent, ignore_errors=True)
         raise
