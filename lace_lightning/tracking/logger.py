@@ -314,15 +314,17 @@ class MLflowLogger(Logger):
 
     def _flush(self) -> None:
         assert self._run is not None
-        if lost := self._run.spool.settle():
-            folder = self._run.spool.folder
-            log.error("There is no room in %s for the last %d records of this run: they are lost.", folder, lost)
+        unwritten = self._run.spool.settle()
         try:
             left = self._run.sender.close(FLUSH_SECONDS)
         except KeyboardInterrupt:  # a second Ctrl-C: the user will not wait
             left = SpoolReader(self._run.spool.folder).pending()
+        if unwritten and not left:
+            unwritten -= self._run.sender.send_past_the_spool(self._run.spool.unwritten())
         if not self._run.sender.is_busy:  # else the spool stays locked, lest `lace sync` send the same beside us
             self._run.spool.close()
+        if unwritten:
+            log.error("No room in %s: %d records of this run are lost.", self._run.spool.folder, unwritten)
         if left:
             log.warning(
                 "%d records of run %s could not be sent to %s. Nothing is lost; when it answers again: lace sync %s",

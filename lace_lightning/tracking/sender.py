@@ -147,6 +147,15 @@ class Sender:
             self._thread.join(seconds)
         return self._reader.pending()
 
+    def send_past_the_spool(self, records: list[Record]) -> int:
+        """Try once to send what found no room on the disk, after all that did; the number of records that arrived."""
+        try:
+            _send(self._client, self._reader, records)
+        except Exception as error:
+            log.warning("MLflow at %s does not take records either: %s", self._uri, redact_uri(str(error)))
+            return 0
+        return len(records)
+
     @property
     def is_busy(self) -> bool:
         """Whether the thread still runs, say in a request that hangs."""

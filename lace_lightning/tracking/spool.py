@@ -95,6 +95,11 @@ class Spool:
                 self._write()
             return len(self._waiting)
 
+    def unwritten(self) -> list[Record]:
+        """What waits for room, without the artifacts."""
+        with self._mutex:
+            return [json.loads(line) for line, _, content in self._waiting if content is None]
+
     def close(self) -> None:
         """Let go of file and lock."""
         with self._mutex:
