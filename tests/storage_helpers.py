@@ -109,12 +109,15 @@ class TrackingServer:
         return False
 
 
+_ANY = ["refuse", "lose", "garble", *[None] * 9]
+
+
 class Line:
     """A proxy before a server, on a port of its own, with one fault at a time.
 
     Faults: ``refuse`` (answers 500 without asking the server), ``lose`` (the server has done it, the answer is lost),
     ``garble`` (likewise, and the answer is a page of a proxy with status 502), ``hang`` (no answer for ``seconds``),
-    ``any`` (one of them or none, at random), and None.
+    ``any`` (of four answers one is refused, lost or garbled, at random), and None.
     """
 
     def __init__(self, port: int, seconds: float = 3.0) -> None:
@@ -143,7 +146,7 @@ class Line:
         self._server.server_close()
 
     def _pass_on(self, request: BaseHTTPRequestHandler, port: int) -> None:
-        fault = self._random.choice(["refuse", "lose", "garble", None]) if self.fault == "any" else self.fault
+        fault = self._random.choice(_ANY) if self.fault == "any" else self.fault
         self.faults_done += fault is not None
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
         if fault == "hang":

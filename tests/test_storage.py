@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import ErrorCode
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
@@ -163,6 +165,10 @@ def test_a_stage_of_synthesis_goes_on_with_the_row_that_found_no_room(disk: Path
     assert handed[1] in ([3, 4, 5], [4, 5])  # the page that was begun may have had room for row 3
 
 
+def records_of(spool: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (spool / "records.jsonl").read_text().splitlines()]
+
+
 def test_what_is_logged_while_the_disk_is_full_waits_and_is_written_in_order(disk: Path, caplog) -> None:
     spool = Spool(disk / "spool", "id", "uri")
     spool.append({"kind": "tag", "key": "a", "value": "0"})
@@ -170,12 +176,12 @@ def test_what_is_logged_while_the_disk_is_full_waits_and_is_written_in_order(dis
     for number in range(1, 9):
         spool.append({"kind": "tag", "key": "a", "value": str(number) * 2_000})
         spool.add_file(b"%d" % number * 10_000, f"picture-{number}.png")
-    waiting = len(list(SpoolReader(disk / "spool").read()[0]))
-    assert waiting < 8 and spool.settle() == 17 - waiting
+    written = len(records_of(disk / "spool"))
+    assert written < 8 and spool.settle() == 17 - written
     ballast.unlink()
     spool.append({"kind": "tag", "key": "a", "value": "9"})
     spool.close()
-    records, _ = SpoolReader(disk / "spool").read()
+    records = records_of(disk / "spool")
     assert [record["value"][0] for record in records if record["kind"] == "tag"] == list("0123456789")
     files = [record for record in records if record["kind"] == "artifact"]
     assert [(disk / "spool" / record["file"]).read_bytes() for record in files] == [
@@ -364,6 +370,22 @@ class Recording:
         self.tags += [tag.key for tag in tags]
 
 
+def refused_because(code: str, message: str, cause: Exception | None = None) -> bool:
+    error = MlflowException(message, error_code=ErrorCode.Value(code))
+    error.__cause__ = cause
+    return sender._is_refusal(error)
+
+
+def test_only_what_can_never_be_accepted_counts_as_refused() -> None:
+    down = MlflowException("500", error_code=ErrorCode.Value("INTERNAL_ERROR"))
+    assert refused_because("INVALID_PARAMETER_VALUE", "Changing param values is not allowed")
+    assert refused_because("BAD_REQUEST", "(psycopg2.errors.StringDataRightTruncation) value too long")
+    assert not refused_because("INVALID_PARAMETER_VALUE", "Failed to get logged model", down)
+    assert not refused_because("INVALID_PARAMETER_VALUE", "Failed to get logged model", ConnectionError())
+    assert not refused_because("BAD_REQUEST", "QueuePool limit of size 5 overflow 10 reached")
+    assert not refused_because("BAD_REQUEST", "(sqlite3.DatabaseError) database disk image is malformed")
+
+
 def spool_of_tags(folder: Path, names: str) -> Path:
     spool = Spool(folder / "spool", "id", "sqlite:///none.db")
     for name in names:
@@ -408,10 +430,10 @@ def test_a_run_goes_on_while_lace_sync_holds_its_spool(tmp_path: Path) -> None:
     spool = Spool(folder, "id", "uri")
     with alone(folder):
         spool.append({"kind": "tag", "key": "b", "value": ""})
-        assert len(SpoolReader(folder).read()[0]) == 1
+        assert len(records_of(folder)) == 1
     spool.append({"kind": "tag", "key": "c", "value": ""})
     spool.close()
-    assert [record["key"] for record in SpoolReader(folder).read()[0]] == ["a", "b", "c"]
+    assert [record["key"] for record in records_of(folder)] == ["a", "b", "c"]
 
 
 def test_a_note_of_what_was_sent_that_finds_no_room_stops_nothing(disk: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lace_lightning.tracking.redact import redact_uri
-from lace_lightning.tracking.spool import REFUSED, Record, SpoolReader
+from lace_lightning.tracking.spool import BATCHED, REFUSED, Record, SpoolReader
 from lace_lightning.tracking.traces import send_trace
 from lace_lightning.tracking.weights import model_of, send_uses, send_weights
 
@@ -36,18 +36,20 @@ def drain(client: MlflowClient, reader: SpoolReader) -> None:
         records, end = reader.read()
         if not records:
             return
-        damaged = [record for record in records if record["kind"] == "unreadable"]
-        for record in damaged:
-            _set_aside(reader, record, "the line is damaged on this disk")
-        _send(client, reader, [record for record in records if record not in damaged])
+        if records[0]["kind"] == "unreadable":
+            _set_aside(reader, records[0], "the line is damaged on this disk")
+        else:
+            _send(client, reader, records)
         reader.acknowledge(records, end)
 
 
 def _send(client: MlflowClient, reader: SpoolReader, records: list[Record]) -> None:
     """Send records as one batch; if the store rejects it, one by one, setting aside those that it never will take."""
     try:
-        if records:
+        if records[0]["kind"] in BATCHED:
             _send_batch(client, reader, records)
+        else:
+            _SEND[records[0]["kind"]](client, reader, records[0])
     except Exception as error:
         if not _is_refusal(error):
             raise
@@ -83,9 +85,6 @@ def _send_batch(client: MlflowClient, reader: SpoolReader, records: list[Record]
         params=[Param(key, value) for key, value in params],
         tags=[RunTag(key, value) for key, value in tags.items()],
     )
-    for record in records:
-        if record["kind"] in _SEND:
-            _SEND[record["kind"]](client, reader, record)
 
 
 def _send_artifact(client: MlflowClient, reader: SpoolReader, record: Record) -> None:
@@ -109,6 +108,8 @@ def _is_refusal(error: Exception) -> bool:
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
+        if isinstance(cause := error.__cause__, MlflowException | OSError):
+            return _is_refusal(cause)  # MLflow's client calls a model that it could not look up an invalid parameter
         if error.error_code == "BAD_REQUEST":  # also what MLflow makes of most errors of its database
             return not any(sign in str(error) for sign in _SICK_DATABASE)
         return error.error_code in ("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST")
@@ -149,12 +150,14 @@ class Sender:
 
     def send_past_the_spool(self, records: list[Record]) -> int:
         """Try once to send what found no room on the disk, after all that did; the number of records that arrived."""
+        sent = 0
         try:
-            _send(self._client, self._reader, records)
+            for record in records:
+                _send(self._client, self._reader, [record])
+                sent += 1
         except Exception as error:
             log.warning("MLflow at %s does not take records either: %s", self._uri, redact_uri(str(error)))
-            return 0
-        return len(records)
+        return sent
 
     @property
     def is_busy(self) -> bool:

@@ -38,6 +38,8 @@ HEADER = "run.json"
 RECORDS = "records.jsonl"
 REFUSED = "refused.jsonl"
 CHUNK_BYTES = 256 * 1024  # below MLflow's limit of 1 MB for one request
+BATCHED = ("metrics", "param", "tag")
+"""Kinds of records of which one request takes many."""
 _FIELDS = {
     "metrics": {"time", "step", "values"},
     "param": {"key", "value"},
@@ -161,16 +163,30 @@ class SpoolReader:
                 os.fsync(stream.fileno())
 
     def read(self) -> tuple[list[Record], int]:
-        """The next records, about ``CHUNK_BYTES`` of them, and the offset to acknowledge once they have been sent."""
+        """The next records to send together, and the offset to acknowledge once they have been sent.
+
+        They are some ``CHUNK_BYTES`` of metrics, params and tags, or one record of another kind: what has arrived is
+        noted at once, so that on a line that often fails there is progress.
+        """
         path = self.folder / RECORDS
         if not path.exists():
             return [], self._offset
         with path.open("rb") as stream:
             stream.seek(self._offset)
             lines = stream.readlines(CHUNK_BYTES)
-        if lines and not lines[-1].endswith(b"\n"):  # being written, or cut off by a kill
-            lines.pop()
-        return list(_parsed(lines)), self._offset + sum(map(len, lines))
+        records, end = [], self._offset
+        for line in lines:
+            if not line.endswith(b"\n"):  # being written, or cut off by a kill
+                break
+            record = _parsed(line)
+            is_alone = record["kind"] not in BATCHED
+            if is_alone and records:
+                break
+            records.append(record)
+            end += len(line)
+            if is_alone:
+                break
+        return records, end
 
     def acknowledge(self, records: list[Record], end: int) -> None:
         """Note that everything before ``end`` has arrived and drop the copies of its artifacts."""
@@ -245,14 +261,14 @@ def _read_offset(path: Path) -> int:
         return 0
 
 
-def _parsed(lines: list[bytes]) -> Iterator[Record]:
-    for line in lines:
-        try:
-            record = json.loads(line)
-            whole = _FIELDS[record["kind"]] <= record.keys()
-        except (ValueError, KeyError, TypeError):  # a disk error; every line that we write is complete
-            whole = False
-        yield record if whole else {"kind": "unreadable", "line": line.decode(errors="replace")}
+def _parsed(line: bytes) -> Record:
+    try:
+        record: Record = json.loads(line)
+        if _FIELDS[record["kind"]] <= record.keys():
+            return record
+    except (ValueError, KeyError, TypeError):  # a disk error; every line that we write is complete
+        pass
+    return {"kind": "unreadable", "line": line.decode(errors="replace")}
 
 
 def _folder_of(target: PurePosixPath) -> str | None:
