@@ -215,6 +215,7 @@ def test_what_is_logged_while_answers_are_wrong_late_or_lost_arrives_once(
 def test_a_line_that_fails_at_random_to_the_end_doubles_nothing(server, line, tmp_path, monkeypatch):
     monkeypatch.setattr(sender, "_CLOSING_WAIT_SECONDS", 0.1)
     told = story(line, tmp_path, "any")
+    told.log(1)  # the run is there
     line.fault = "any"
     for _ in range(6):
         told.log(20)
