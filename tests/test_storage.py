@@ -29,7 +29,8 @@ from lace_lightning.tasks import Verdict
 from lace_lightning.traces.reading import BadDataError, read_traces, write_traces
 from lace_lightning.tracking import MLflowLogger, TrackingError, replay, sender
 from lace_lightning.tracking.sender import drain
-from lace_lightning.tracking.spool import Spool, SpoolReader, alone
+from lace_lightning.tracking.spool import Spool, alone
+from lace_lightning.tracking.spool_reader import SpoolReader
 from lace_lightning.whole_file import append_lines, open_lines, write_text
 from tests.eval_helpers import judged
 from tests.helpers import EXCHANGES, tiny_backbone, tiny_lm

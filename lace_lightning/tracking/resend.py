@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from lace_lightning.tracking import store
 from lace_lightning.tracking.redact import redact_uri
 from lace_lightning.tracking.sender import drain
-from lace_lightning.tracking.spool import HEADER, RECORDS, SpoolReader, alone
+from lace_lightning.tracking.spool import HEADER, RECORDS, alone
+from lace_lightning.tracking.spool_reader import SpoolReader
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lace_lightning.tracking.redact import redact_uri
-from lace_lightning.tracking.spool import BATCHED, REFUSED, Record, SpoolReader
+from lace_lightning.tracking.spool import Record
+from lace_lightning.tracking.spool_reader import BATCHED, REFUSED, SpoolReader
 from lace_lightning.tracking.traces import send_trace
 from lace_lightning.tracking.weights import model_of, send_uses, send_weights
 

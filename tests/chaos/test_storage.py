@@ -229,7 +229,7 @@ def test_a_line_that_fails_at_random_to_the_end_doubles_nothing(server, line, tm
 def test_a_server_killed_in_mid_run_and_at_its_end_gets_everything_once(server, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(sender, "SEND_SECONDS", 0.2)
     monkeypatch.setattr(sender, "MAX_WAIT_SECONDS", 1.0)
-    monkeypatch.setattr("lace_lightning.tracking.logger.FLUSH_SECONDS", 2.0)
+    monkeypatch.setattr("lace_lightning.tracking.live_run.FLUSH_SECONDS", 2.0)
     uri = f"http://127.0.0.1:{server.port}"
     told = Story(MLflowLogger("chaos", "killed server", uri, save_dir=str(tmp_path / "runs"), system_seconds=0))
     told.log(100)
