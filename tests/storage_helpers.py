@@ -109,7 +109,7 @@ class TrackingServer:
         return False
 
 
-_ANY = ["refuse", "lose", "garble", *[None] * 9]
+_ANY = ["refuse", "lose", "garble", *[None] * 21]
 
 
 class Line:
@@ -117,7 +117,7 @@ class Line:
 
     Faults: ``refuse`` (answers 500 without asking the server), ``lose`` (the server has done it, the answer is lost),
     ``garble`` (likewise, and the answer is a page of a proxy with status 502), ``hang`` (no answer for ``seconds``),
-    ``any`` (of four answers one is refused, lost or garbled, at random), and None.
+    ``any`` (one answer of eight is refused, lost or garbled, at random), and None.
     """
 
     def __init__(self, port: int, seconds: float = 3.0) -> None:

@@ -65,7 +65,7 @@ def connect(uri: str) -> MlflowClient:
     from mlflow.tracking import MlflowClient
 
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # a new sqlite file is no news
-    with _remedies(uri):
+    with remedies(uri):
         if uri.startswith(_SQLITE):
             Path(uri.removeprefix(_SQLITE)).parent.mkdir(parents=True, exist_ok=True)
         return MlflowClient(uri)
@@ -81,7 +81,7 @@ def open_run(
     """
     from mlflow.tracking.context.registry import resolve_tags
 
-    with _remedies(uri), _one_at_a_time(uri):
+    with remedies(uri), _one_at_a_time(uri):
         experiment_id = _experiment_id(client, uri, experiment_name)
         return client.create_run(experiment_id, tags=resolve_tags(tags), run_name=run_name)
 
@@ -92,7 +92,7 @@ def check(client: MlflowClient, uri: str) -> None:
     Raises:
         TrackingError: it does not answer.
     """
-    with _remedies(uri):
+    with remedies(uri):
         client.search_experiments(max_results=1)
 
 
@@ -128,8 +128,12 @@ def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
 
 
 @contextmanager
-def _remedies(uri: str) -> Iterator[None]:
-    """Say which option is at fault, and what to do, when the store does not work."""
+def remedies(uri: str) -> Iterator[None]:
+    """Say which option is at fault, and what to do, when the store does not work.
+
+    Raises:
+        TrackingError: it does not answer, or there is no room in it.
+    """
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 

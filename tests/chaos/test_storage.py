@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -22,9 +23,13 @@ from mlflow.tracking import MlflowClient
 from lace_lightning.checkpoints import read_checkpoint, read_weights
 from lace_lightning.cli import sync
 from lace_lightning.cli.main import main
-from lace_lightning.tracking import MLflowLogger, sender
+from lace_lightning.modules import DecodingSpec
+from lace_lightning.puzzles import Doors
+from lace_lightning.tracking import MLflowLogger, TrackingError, sender
+from lace_lightning.tracking.register import register
+from lace_lightning.tracking.store import connect
 from lace_lightning.tracking.traces import ThreadSpan, make_trace
-from tests.stage_helpers import NUM_THREADS, QWEN
+from tests.stage_helpers import NUM_THREADS, QWEN, spec
 from tests.storage_helpers import Line, TrackingServer, fill, small_disk, wait_until
 
 pytestmark = pytest.mark.chaos
@@ -110,6 +115,34 @@ def test_a_disk_that_fills_up_ends_a_stage_with_its_checkpoints_whole_and_it_res
         assert fit(tmp_path / "again.yaml", config, "--ckpt_path", str(last)) == 0
         resumed = read_weights(next(disk.rglob("*step=5.ckpt")))
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+def test_a_model_that_finds_no_room_is_not_registered_in_part(tmp_path, monkeypatch):
+    puzzle = {"class_path": "lace_lightning.puzzles.Doors"}
+    model = spec().build(Doors().tokenizer())
+    with small_disk(tmp_path / "disk", 4) as disk:
+        uri = f"sqlite:///{tmp_path}/mlflow.db"
+        client = connect(uri)
+        client.create_experiment("lace", artifact_location=str(disk / "artifacts"))
+        logger = MLflowLogger("lace", "trained", uri, save_dir=str(tmp_path), system_seconds=0)
+        logger.log_weights(1, {})
+        logger.finalize("success")
+
+        def registered() -> None:
+            register(model, puzzle, DecodingSpec(), 32, Doors().problem(0), "doors", str(logger.run_id), uri)
+
+        ballast = fill(disk, 8_000)
+        with pytest.raises(TrackingError, match="No space left on device"):
+            registered()
+        (disk / "tmp").mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(disk / "tmp"))
+        with pytest.raises(OSError, match="(?i)no space left"):
+            registered()
+        assert not client.search_registered_models()
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        ballast.unlink()
+        registered()
+        assert [one.name for one in client.search_registered_models()] == ["doors"]
 
 
 # ---------------------------------------------------------------- a tracking server that fails
@@ -217,12 +250,12 @@ def test_a_line_that_fails_at_random_to_the_end_doubles_nothing(server, line, tm
     told = story(line, tmp_path, "any")
     told.log(1)  # the run is there
     line.fault = "any"
-    for _ in range(6):
+    for _ in range(4):
         told.log(20)
         time.sleep(0.2)
     told.logger.finalize("success")
-    wait_until(lambda: sync.run([str(tmp_path / "runs")]) == 0, 120)
-    assert line.faults_done > 10
+    wait_until(lambda: sync.run([str(tmp_path / "runs")]) == 0, 180)
+    assert line.faults_done > 5
     told.check(server, tmp_path)
 
 
@@ -267,7 +300,11 @@ import sys
 from pathlib import Path
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lace_lightning.checkpoint_io import AtomicCheckpointIO
-from lace_lightning.tracking import MLflowLogger, sender
+from lace_lightning.modules import DecodingSpec
+from lace_lightning.puzzles import Doors
+from lace_lightning.tracking import MLflowLogger, TrackingError, sender
+from lace_lightning.tracking.register import register
+from lace_lightning.tracking.store import connect
 from tests.tracking_helpers import TinyModel, tiny_trainer
 import time
 
