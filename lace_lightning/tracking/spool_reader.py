@@ -67,7 +67,8 @@ class SpoolReader:
         with path.open("rb") as stream:
             stream.seek(self._offset)
             lines = stream.readlines(CHUNK_BYTES)
-        records, end = [], self._offset
+        records: list[Record] = []
+        end = self._offset
         for line in lines:
             if not line.endswith(b"\n"):  # being written, or cut off by a kill
                 break

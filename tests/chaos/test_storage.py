@@ -212,6 +212,7 @@ class Story:
         assert images == dict.fromkeys(map(str, ends), 2)  # the picture and its thumbnail
         (model,) = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'")
         assert model.tags["step"] == str(self.steps)
+        assert run.outputs is not None
         assert [output.model_id for output in run.outputs.model_outputs] == [model.model_id]
         found = client.search_traces(locations=[run.info.experiment_id], run_id=run_id, max_results=500)
         assert sorted(int(trace.info.tags["step"]) for trace in found) == sorted(ends)
@@ -339,6 +340,7 @@ def test_a_run_killed_again_and_again_on_a_bad_line_has_every_value_once(server,
     assert sync.run([str(tmp_path / "runs")]) == 0
     client = MlflowClient(f"http://127.0.0.1:{server.port}")
     experiment = client.get_experiment_by_name("killed")
+    assert experiment is not None
     runs = client.search_runs([experiment.experiment_id], order_by=["start_time"])
     assert sorted(run.info.status for run in runs) == ["FINISHED", "KILLED", "KILLED", "KILLED"]
     seen: set[int] = set()
