@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import FileIO
@@ -424,6 +425,28 @@ def test_two_at_once_do_not_send_one_spool(tmp_path: Path) -> None:
     folder = spool_of_tags(tmp_path, "a")
     with alone(folder):
         assert "still" in replay(folder).problem
+
+
+def test_a_sender_that_ends_after_its_run_lets_go_of_the_spool(tmp_path: Path, monkeypatch) -> None:
+    """The last request hangs for longer than the end of the run waits."""
+    monkeypatch.setattr(sender, "SEND_SECONDS", 0.05)
+    folder, asked, answered = tmp_path / "spool", threading.Event(), threading.Event()
+
+    class Hanging(Recording):
+        def log_batch(self, *args: Any, **kwargs: Any) -> None:
+            asked.set()
+            answered.wait(20)
+
+    spool = Spool(folder, "id", "uri")
+    spool.append({"kind": "tag", "key": "a", "value": ""})
+    sending = sender.Sender(Hanging(), SpoolReader(folder), "uri", on_end=spool.close)  # type: ignore[arg-type]
+    sending.start()
+    assert asked.wait(20) and sending.close(0.1) == 1
+    assert "still" in replay(folder).problem
+    answered.set()
+    wait_until(lambda: not sending.is_busy)
+    with alone(folder):
+        assert SpoolReader(folder).pending() == 0
 
 
 def test_a_run_goes_on_while_lace_sync_holds_its_spool(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class LiveRun:
         self.version = f"{file_name(self.name)}-{self.id[:8]}"
         self._uri = redact_uri(tracking_uri)
         self._spool = Spool(folder / self.version / "spool", self.id, self._uri)
-        self._sender = Sender(self.client, SpoolReader(self._spool.folder), tracking_uri)
+        self._sender = Sender(self.client, SpoolReader(self._spool.folder), tracking_uri, on_end=self._spool.close)
 
     def append(self, record: Record) -> None:
         """Add a record."""
@@ -63,7 +63,7 @@ class LiveRun:
             left = SpoolReader(self._spool.folder).pending()
         if unwritten and not left:
             unwritten -= self._sender.send_past_the_spool(self._spool.unwritten())
-        if not self._sender.is_busy:  # else the spool stays locked, lest `lace sync` send the same beside us
+        if not self._sender.is_busy:  # else the spool stays locked until it ends, lest `lace sync` send the same too
             self._spool.close()
         self._say_what_stays(left, unwritten)
 

@@ -121,12 +121,20 @@ def _is_refusal(error: Exception) -> bool:
 
 
 class Sender:
-    """One daemon thread that drains a spool every two seconds, more rarely while the store does not answer."""
+    """One daemon thread that drains a spool every two seconds, more rarely while the store does not answer.
 
-    def __init__(self, client: MlflowClient, reader: SpoolReader, tracking_uri: str) -> None:
+    Args:
+        client, reader, tracking_uri: whom to send to, and from where.
+        on_end: called by the thread when it ends, which may be after :meth:`close` has stopped waiting for it.
+    """
+
+    def __init__(
+        self, client: MlflowClient, reader: SpoolReader, tracking_uri: str, on_end: Callable[[], None]
+    ) -> None:
         self._client = client
         self._reader = reader
         self._uri = redact_uri(tracking_uri)
+        self._on_end = on_end
         self._closing = threading.Event()
         self._give_up_at = 0.0
         self._thread: threading.Thread | None = None
@@ -166,6 +174,12 @@ class Sender:
         return self._thread is not None and self._thread.is_alive()
 
     def _run(self) -> None:
+        try:
+            self._drain_until_closed()
+        finally:
+            self._on_end()
+
+    def _drain_until_closed(self) -> None:
         wait = SEND_SECONDS
         while True:
             closing = self._closing.wait(wait)
