@@ -251,12 +251,12 @@ def test_a_line_that_fails_at_random_to_the_end_doubles_nothing(server, line, tm
     told = story(line, tmp_path, "any")
     told.log(1)  # the run is there
     line.fault = "any"
-    for _ in range(4):
+    for _ in range(2):
         told.log(20)
         time.sleep(0.2)
     told.logger.finalize("success")
-    wait_until(lambda: sync.run([str(tmp_path / "runs")]) == 0, 180)
-    assert line.faults_done > 5
+    wait_until(lambda: sync.run([str(tmp_path / "runs")]) == 0, 240)  # quiet cores need seconds
+    assert line.faults_done > 2
     told.check(server, tmp_path)
 
 
