@@ -11,7 +11,7 @@ from lace_lightning.agents.scores import GameScores
 from lace_lightning.callbacks.reporting import mlflow_loggers, sampled_in
 from lace_lightning.metrics import EvaluationSummary
 from lace_lightning.tracking.run_folder import run_folder
-from lace_lightning.tracking.spool import replace_text
+from lace_lightning.whole_file import write_text
 
 
 class GameScoreTable(Callback):
@@ -64,6 +64,6 @@ class GameScoreTable(Callback):
         rich_print(summary.table(f"{phase} scores"))
         path = run_folder(trainer) / f"{phase}_scores.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(summary.as_json(), indent=2) + "\n")
+        write_text(path, json.dumps(summary.as_json(), indent=2) + "\n")
         for logger in mlflow_loggers(trainer):
             logger.log_table(summary.rows(), f"{phase}_scores")

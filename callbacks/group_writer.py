@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lace_lightning.decoding import Group
 from lace_lightning.modules import SampledGroups
 from lace_lightning.tasks import Verdict
+from lace_lightning.whole_file import append_lines
 
 
 class GroupWriter(Callback):
@@ -34,7 +36,7 @@ class GroupWriter(Callback):
             raise ValueError(f"path={path!r} of GroupWriter is a folder: name a file, say {path}/groups.jsonl")
         self.path = path
         self.overwrite = overwrite
-        self._stream: TextIO | None = None
+        self._stream: FileIO | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open the file."""
@@ -46,7 +48,7 @@ class GroupWriter(Callback):
             path = path.with_suffix(f".rank{trainer.global_rank}{path.suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._stream = path.open("w" if self.overwrite else "x", encoding="utf-8")
+            self._stream = FileIO(path, "w" if self.overwrite else "x")
         except FileExistsError:
             raise ValueError(
                 f"path='{path}' of GroupWriter is there already: choose another, or set overwrite: true"
@@ -64,8 +66,7 @@ class GroupWriter(Callback):
         """Write the batch's groups."""
         assert self._stream is not None and isinstance(outputs, SampledGroups)
         for group, verdicts in zip(outputs.groups, outputs.verdicts, strict=True):
-            self._stream.write(json.dumps(group_record(group, verdicts)) + "\n")
-            self._stream.flush()
+            append_lines(self._stream, json.dumps(group_record(group, verdicts)) + "\n")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Close the file."""

@@ -12,8 +12,8 @@ from lace_lightning.callbacks.reporting import current_step, is_due, mlflow_logg
 from lace_lightning.evaluation.method import Cost
 from lace_lightning.modules import SampledGroups
 from lace_lightning.tracking.run_folder import run_folder
-from lace_lightning.tracking.spool import replace_text
 from lace_lightning.viewer import viewer_page
+from lace_lightning.whole_file import write_text
 
 _MAX_CHARACTERS = 4000
 """Of a text in the table; the page shows more."""
@@ -88,7 +88,7 @@ class SampleGroups(Callback):
         page = viewer_page(f"{phase} groups, step {step:,}", outcomes)
         path = run_folder(trainer) / "samples" / f"{phase}.html"
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, page)
+        write_text(path, page)
         for logger in mlflow_loggers(trainer):
             logger.log_text(page, f"samples/{phase}.html")
             logger.log_table(sample_rows(kept), f"samples_{phase}")

@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
 from lace_lightning.tracking.redact import redact
 from lace_lightning.tracking.run_folder import run_folder
-from lace_lightning.tracking.spool import replace_text
+from lace_lightning.whole_file import write_text
 
 
 class SaveConfig(SaveConfigCallback):
@@ -31,7 +31,7 @@ class SaveConfig(SaveConfigCallback):
         text = yaml.safe_dump(settings, sort_keys=False)
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        replace_text(folder / self.config_filename, text)
+        write_text(folder / self.config_filename, text)
         for logger in trainer.loggers:
             if hasattr(logger, "log_text"):
                 logger.log_text(text, f"config/{self.config_filename}")

@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lace_lightning.callbacks.reporting import mlflow_loggers, sampled_in, threaded
 from lace_lightning.metrics import EvaluationSummary
 from lace_lightning.tracking.run_folder import run_folder
-from lace_lightning.tracking.spool import replace_text
+from lace_lightning.whole_file import write_text
 
 
 class ValidationTable(Callback):
@@ -88,7 +88,7 @@ class ValidationTable(Callback):
         rich_print(summary.table(phase))
         path = run_folder(trainer) / f"{phase}_summary.json" if self.path is None else Path(self.path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(summary.as_json(), indent=2) + "\n")
+        write_text(path, json.dumps(summary.as_json(), indent=2) + "\n")
         for logger in mlflow_loggers(trainer):
             logger.log_table(summary.rows(), f"{phase}_summary")
 

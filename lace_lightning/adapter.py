@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 
 from lace_lightning.exchange import ExchangeConfig
-from lace_lightning.whole_file import whole_file, write_text
+from lace_lightning.whole_file import whole_file
 
 if TYPE_CHECKING:
     from lace_lightning.threaded_lm import ThreadedLM
 
-WEIGHTS, SETTINGS = "exchange.safetensors", "exchange.json"
+WEIGHTS, SETTINGS, CHECKSUM = "exchange.safetensors", "exchange.json", "weights_sha256"
 
 
 def save_exchange(model: ThreadedLM, folder: Path) -> None:
-    """Write both files; each appears whole or not at all."""
+    """Write both files; each appears whole or not at all, and neither if there is no room for both."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.exchanges.state_dict().items()}
-    with whole_file(folder / WEIGHTS) as unfinished:
-        save_file(tensors, unfinished)
-    write_text(folder / SETTINGS, json.dumps(_settings(model), indent=2) + "\n")
+    content = save(tensors)
+    settings = {**_settings(model), CHECKSUM: hashlib.sha256(content).hexdigest()}
+    with whole_file(folder / SETTINGS) as first, whole_file(folder / WEIGHTS) as second:
+        first.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        second.write_bytes(content)
 
 
 def load_exchange(model: ThreadedLM, folder: Path) -> None:
@@ -34,7 +37,8 @@ def load_exchange(model: ThreadedLM, folder: Path) -> None:
     Raises:
         ValueError: a file is missing or damaged, or it belongs to other settings; the message names both.
     """
-    settings, tensors = _read_settings(folder), _read_tensors(folder)
+    settings = _read_settings(folder)
+    tensors, checksum = _read_tensors(folder)
     ours = _settings(model)
     if settings.get("exchange") == ours["exchange"] and isinstance(config := settings.get("config"), dict):
         # A setting that is younger than the file was at its default.
@@ -52,6 +56,8 @@ def load_exchange(model: ThreadedLM, folder: Path) -> None:
         raise ValueError(
             f"{folder / WEIGHTS} does not fit this model: tensors {names[:4]} are missing, foreign or misshaped"
         )
+    if settings.get(CHECKSUM, checksum) != checksum:  # files of before checksums were kept have none
+        raise ValueError(f"the exchange in {folder} is damaged: {WEIGHTS} does not have the checksum in {SETTINGS}")
     model.exchanges.load_state_dict(tensors)
 
 
@@ -94,9 +100,11 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _read_tensors(folder: Path) -> dict[str, Any]:
+def _read_tensors(folder: Path) -> tuple[dict[str, Any], str]:
+    """The tensors, and the checksum of their file."""
     try:
-        return load_file(folder / WEIGHTS)
+        content = (folder / WEIGHTS).read_bytes()
+        return load(content), hashlib.sha256(content).hexdigest()
     except FileNotFoundError as error:
         raise _missing(folder / WEIGHTS) from error
     except SafetensorError as error:

@@ -28,14 +28,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Save to a local path; URLs (``s3://…``) go Lightning's own way."""
+        """Save to a local path; URLs (``s3://…``) go Lightning's own way.
+
+        Raises:
+            OSError: the disk is full; an earlier file of that name is as it was.
+        """
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(target) as unfinished:
-            torch.save(checkpoint, unfinished)
+            with unfinished.open("wb") as stream:
+                torch.save(checkpoint, stream)  # given a path, it would not say that the disk is full
             if is_sharded(target):  # of a run on more processes; a file cannot take a folder's place
                 shutil.rmtree(target)
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -151,8 +152,8 @@ def test_failed_write_leaves_the_earlier_checkpoint_whole(tmp_path: Path, monkey
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
 
-    def half(checkpoint: object, file: Path) -> None:
-        file.write_bytes(b"half of it")
+    def half(checkpoint: object, file: BinaryIO) -> None:
+        file.write(b"half of it")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", half)

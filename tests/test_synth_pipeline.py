@@ -105,16 +105,15 @@ def test_killed_at_ten_random_points_it_gives_the_same_files_and_pays_no_request
 def test_a_line_torn_by_a_kill_is_written_again(uninterrupted, tmp_path, stage, monkeypatch):
     """Half of the third row of a stage reaches the file, then power is gone."""
     path = config(tmp_path)
-    whole = work_folder._append
+    whole = work_folder.append_lines
 
-    def torn(file, value):
-        if f"{stage}.partial" in file.name and value["position"] % 7 == 5:
-            file.write(work_folder.to_line(value)[:40])
-            file.flush()
+    def torn(file, line):
+        if f"{stage}.partial" in file.name and json.loads(line)["position"] % 7 == 5:
+            file.write(line[:40].encode())
             raise KeyboardInterrupt
-        whole(file, value)
+        whole(file, line)
 
-    monkeypatch.setattr(work_folder, "_append", torn)
+    monkeypatch.setattr(work_folder, "append_lines", torn)
     assert synth("--config", path) == 130
     assert not (tmp_path / f"out/{stage}.partial.jsonl").read_bytes().endswith(b"\n")
     monkeypatch.undo()
@@ -254,20 +253,19 @@ def test_parsing_reads_no_model_and_print_config_shows_all_options(capsys, tmp_p
 def test_a_stage_killed_again_and_again_is_handed_only_the_rows_that_are_not_done(tmp_path, monkeypatch):
     """Each time two rows are done and the third is torn in the middle of its line."""
     folder, rows, handed = work_folder.WorkFolder(tmp_path), [{"position": n} for n in range(7)], []
-    whole = work_folder._append
+    whole = work_folder.append_lines
 
-    def torn_third(file, value):
-        if len(handed[-1]) > 2 and value["position"] == handed[-1][2]:
-            file.write(work_folder.to_line(value)[:5])
-            file.flush()
+    def torn_third(file, line):
+        if len(handed[-1]) > 2 and json.loads(line)["position"] == handed[-1][2]:
+            file.write(line[:5].encode())
             raise OSError("disk full")
-        whole(file, value)
+        whole(file, line)
 
     def work(todo):
         handed.append([row["position"] for row in todo])
         return ({**row, "done": True} for row in todo)
 
-    monkeypatch.setattr(work_folder, "_append", torn_third)
+    monkeypatch.setattr(work_folder, "append_lines", torn_third)
     for _ in range(3):
         with pytest.raises(OSError, match="disk full"):
             folder.stage("sampling", "settings", rows, work)

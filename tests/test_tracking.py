@@ -26,10 +26,10 @@ from PIL import Image
 
 from lace_lightning.callbacks.save_config import SaveConfig
 from lace_lightning.cli import sync, ui
-from lace_lightning.tracking import MLflowLogger, TrackingError, replay, sender, store
-from lace_lightning.tracking import logger as logger_module
+from lace_lightning.tracking import MLflowLogger, TrackingError, live_run, replay, sender, store
 from lace_lightning.tracking.redact import HIDDEN, redact, redact_lines
-from lace_lightning.tracking.spool import Spool, SpoolReader
+from lace_lightning.tracking.spool import Spool
+from lace_lightning.tracking.spool_reader import SpoolReader
 from tests.tracking_helpers import TinyModel, tiny_trainer
 
 
@@ -105,7 +105,7 @@ def unreliable(monkeypatch: pytest.MonkeyPatch) -> Iterator[Unreliable]:
 
     monkeypatch.setattr(store, "connect", connect_once)
     monkeypatch.setattr(sender, "SEND_SECONDS", 0.2)
-    monkeypatch.setattr(logger_module, "FLUSH_SECONDS", 1.0)
+    monkeypatch.setattr(live_run, "FLUSH_SECONDS", 1.0)
     yield Proxy()  # type: ignore[misc]
     monkeypatch.undo()
 

@@ -29,7 +29,7 @@ from lace_lightning.tracking.note import NOTE, differences
 from lace_lightning.tracking.outcome_traces import trace_of
 from lace_lightning.tracking.recipe import recipe
 from lace_lightning.tracking.redact import HIDDEN
-from lace_lightning.tracking.spool import SpoolReader
+from lace_lightning.tracking.spool_reader import SpoolReader
 from lace_lightning.tracking.system import SystemMetrics
 from tests.eval_helpers import judged
 from tests.stage_helpers import DECODING, UnevenDoors, problem_data, quiet_trainer, spec, trace_data

@@ -163,15 +163,15 @@ def _render(folder: Path, reference: str | None, log: Callable[[list[BenchmarkSu
     from lace_lightning.evaluation.store import read_failures, read_outcomes
     from lace_lightning.evaluation.summary import as_json, summarise_folder
     from lace_lightning.printable import printable
-    from lace_lightning.tracking.spool import replace_text
     from lace_lightning.viewer.folder import write_viewer
+    from lace_lightning.whole_file import write_text
 
     summaries, failures = summarise_folder(folder, reference), read_failures(folder)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
     for sheet in sheets(summaries, for_terminal=True):
         console.print(sheet.table(), "")
-    replace_text(folder / "report.md", markdown(summaries))
-    replace_text(folder / "summary.json", json.dumps(as_json(summaries), indent=2) + "\n")
+    write_text(folder / "report.md", markdown(summaries))
+    write_text(folder / "summary.json", json.dumps(as_json(summaries), indent=2) + "\n")
     write_parquet(read_outcomes(folder), folder / "groups.parquet")
     write_viewer(folder)
     console.print(

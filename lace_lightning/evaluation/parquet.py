@@ -39,7 +39,7 @@ def _schema() -> pa.Schema:
 def write_parquet(records: Iterable[JudgedOutcome], path: str | Path) -> None:
     """Write the outcomes; the file appears whole or not at all."""
     schema, rows = _schema(), map(_row, records)
-    with whole_file(Path(path)) as unfinished, pq.ParquetWriter(unfinished, schema) as writer:
+    with whole_file(Path(path)) as file, pq.ParquetWriter(file, schema, write_page_checksum=True) as writer:
         while chunk := list(islice(rows, ROWS_PER_GROUP)):
             writer.write_table(pa.Table.from_pylist(chunk, schema))
 

@@ -10,16 +10,18 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TypeVar
 
 from lace_lightning.evaluation.judged import JudgedOutcome, Key, from_json, to_json
-from lace_lightning.whole_file import write_text
+from lace_lightning.whole_file import append_lines, open_lines, write_text
 
 OUTCOMES, ERRORS, SETTINGS = "outcomes.jsonl", "errors.jsonl", "evaluation.json"
 _BLOCK = 1 << 20
+_T = TypeVar("_T")
 
 
 class StoreError(ValueError):
@@ -68,12 +70,12 @@ class Store:
     ) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._outcomes = (self.folder / OUTCOMES).open("a", encoding="utf-8")
+        self._outcomes = open_lines(self.folder / OUTCOMES)
         try:
             _lock(self._outcomes, self.folder)
             _mend(self.folder / OUTCOMES)
             _mend(self.folder / ERRORS)
-            self._errors = (self.folder / ERRORS).open("a", encoding="utf-8")
+            self._errors = open_lines(self.folder / ERRORS)
             _agree(self.folder, settings, display)
         except BaseException:
             self._outcomes.close()
@@ -96,11 +98,7 @@ class Store:
 
     def finished(self) -> dict[Key, str]:
         """The finished outcomes, with the text of their problems: what need not be done again."""
-        rows = (row for _, row in _rows(self.folder / OUTCOMES))
-        return {
-            Key(row["benchmark"], row["method"], row["seed"], row["problem"]["id"]): row["problem"]["text"]
-            for row in rows
-        }
+        return dict(_read_as(_finished, self.folder / OUTCOMES))
 
 
 def read_outcomes(folder: str | Path) -> Iterator[JudgedOutcome]:
@@ -109,11 +107,7 @@ def read_outcomes(folder: str | Path) -> Iterator[JudgedOutcome]:
     Raises:
         StoreError: the folder holds none, or a line is damaged.
     """
-    for place, row in _rows(Path(folder, OUTCOMES)):
-        try:
-            yield from_json(row)
-        except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"{place} is no outcome of `lace eval`: {error!r}") from error
+    return _read_as(from_json, Path(folder, OUTCOMES))
 
 
 def read_failures(folder: str | Path) -> list[Failure]:
@@ -124,7 +118,7 @@ def read_failures(folder: str | Path) -> list[Failure]:
     """
     if not Path(folder, ERRORS).exists():
         return []
-    failures = {failure.key: failure for failure in (Failure(**row) for _, row in _rows(Path(folder, ERRORS)))}
+    failures = {failure.key: failure for failure in _read_as(lambda row: Failure(**row), Path(folder, ERRORS))}
     for record in read_outcomes(folder):
         failures.pop(record.key, None)
     return list(failures.values())
@@ -144,6 +138,19 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise StoreError(f"{path} is damaged: {error}") from error
     return dict(settings)
+
+
+def _finished(row: Mapping[str, Any]) -> tuple[Key, str]:
+    problem = row["problem"]
+    return Key(row["benchmark"], row["method"], row["seed"], problem["id"]), problem["text"]
+
+
+def _read_as(make: Callable[[dict[str, Any]], _T], path: Path) -> Iterator[_T]:
+    for place, row in _rows(path):
+        try:
+            yield make(row)
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(f"{place} is not of `lace eval`: {error!r}; remove the line to do it again") from error
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -187,7 +194,7 @@ def _difference(then: Any, now: Any, name: str = "") -> str:
     return f"{name or 'it'} was {then!r} and is {now!r}"
 
 
-def _lock(file: TextIO, folder: Path) -> None:
+def _lock(file: FileIO, folder: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -210,8 +217,7 @@ def _mend(path: Path) -> None:
         file.truncate(0)
 
 
-def _append(file: TextIO, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write whole lines in one go, so that little can be lost between them."""
-    file.write("".join(json.dumps(row, default=str) + "\n" for row in rows))
-    file.flush()
+def _append(file: FileIO, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write whole lines, all or none of them."""
+    append_lines(file, "".join(json.dumps(row, default=str) + "\n" for row in rows))
     os.fsync(file.fileno())

@@ -16,7 +16,7 @@ from lace_lightning.sweep.spec import SweepSpec
 from lace_lightning.sweep.study import ERROR, LABEL, OUTCOME, SEEDS, Ledger
 from lace_lightning.sweep.table import Result, compare, measured_rows
 from lace_lightning.sweep.units import Unit
-from lace_lightning.tracking.spool import replace_text
+from lace_lightning.whole_file import write_text
 
 
 def result_of(sweep: SweepSpec, ledger: Ledger, units: Sequence[Unit]) -> Result:
@@ -57,10 +57,10 @@ def _without_empty(
 
 def write(result: Result, folder: Path) -> None:
     """``report.md``, ``report.csv``, ``report.json``, and where there are rows ``report.png``."""
-    replace_text(folder / "report.md", markdown(result))
-    replace_text(folder / "report.csv", as_csv(result))
+    write_text(folder / "report.md", markdown(result))
+    write_text(folder / "report.csv", as_csv(result))
     means = {row.measured.label: row.metric.value if isfinite(row.metric.value) else None for row in result.rows}
     summary = {"sweep": result.sweep.name, "metric": result.sweep.metric, "means": means, "open": result.num_open}
-    replace_text(folder / "report.json", json.dumps(summary | {"failures": result.failures}, indent=2) + "\n")
+    write_text(folder / "report.json", json.dumps(summary | {"failures": result.failures}, indent=2) + "\n")
     if result.rows:
         figure(result).savefig(folder / "report.png", dpi=150)

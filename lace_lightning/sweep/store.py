@@ -20,7 +20,7 @@ from lace_lightning.sweep.outcome import OUTCOMES
 from lace_lightning.sweep.plan import PlannedStage, Trial
 from lace_lightning.sweep.process import CommandFailed, Room
 from lace_lightning.sweep.spec import Tracking
-from lace_lightning.tracking.spool import replace_text
+from lace_lightning.whole_file import write_text
 
 DONE, LOCK, LOG = "done.json", ".lock", "log.txt"
 
@@ -70,7 +70,7 @@ class Store:
                 self.tell(name)
                 start = time.monotonic()
                 work(folder)
-                replace_text(folder / DONE, json.dumps({"seconds": round(time.monotonic() - start, 1)}) + "\n")
+                write_text(folder / DONE, json.dumps({"seconds": round(time.monotonic() - start, 1)}) + "\n")
         return folder
 
     @contextmanager
@@ -102,7 +102,7 @@ class Store:
             "logger": self._logger(f"{stage.name}, {trial.point.label}, seed {trial.seed}", folder),
         }
         config = folder / "stage.yaml"
-        replace_text(config, yaml.safe_dump(settings, sort_keys=False))
+        write_text(config, yaml.safe_dump(settings, sort_keys=False))
         checkpoint = self._checkpoint(folder)
         arguments = ["fit", f"--config={config}"]
         if checkpoint.exists():  # of a process that was ended in the middle
@@ -119,7 +119,7 @@ class Store:
             name = f"eval, {trial.point.label}, seed {trial.seed}"
             settings["tracking"] = {"experiment": tracking.experiment, "run_name": name}
         config = folder / "evaluation.yaml"
-        replace_text(config, yaml.safe_dump(settings, sort_keys=False))
+        write_text(config, yaml.safe_dump(settings, sort_keys=False))
         self._command(["eval", f"--config={config}"], folder)
 
     def _command(self, arguments: Sequence[str], folder: Path) -> None:

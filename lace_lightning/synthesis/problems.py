@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lace_lightning.synthesis.overlap import Match, contaminated, near_duplicates
-from lace_lightning.synthesis.rows import Row, file_digest
+from lace_lightning.synthesis.rows import Row
 from lace_lightning.tasks import Puzzle, Task
+from lace_lightning.traces.checksum import file_digest
 from lace_lightning.traces.reading import OnBad, read_problems
 from lace_lightning.traces.schema import Problem
 

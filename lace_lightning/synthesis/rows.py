@@ -28,10 +28,20 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         ValueError: the file was damaged after it was written.
     """
-    try:
-        return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it, and its stage is done again") from error
+    return parse_rows((line for line in path.read_bytes().split(b"\n") if line), path)
+
+
+def parse_rows(lines: Iterable[bytes], path: Path) -> list[Row]:
+    """The rows on the lines of a file of ours; ValueError, which names it, if one is damaged."""
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path}:{number} is damaged ({error}): remove the file, and its stage is done again"
+            ) from error
+    return rows
 
 
 def write_rows(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
@@ -64,9 +74,3 @@ def digest(*parts: Any) -> str:
     """SHA-256 of JSON values, as 64 hexadecimal digits."""
     text = json.dumps(parts, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,10 +13,11 @@ from torch import nn
 from lace_lightning.checkpoints import initialise
 from lace_lightning.decoding import GroupDecoder, Sampling, make_decoder, to_groups
 from lace_lightning.model_spec import ModelSpec
-from lace_lightning.synthesis.rows import describe, digest, file_digest
+from lace_lightning.synthesis.rows import describe, digest
 from lace_lightning.synthesis.solver import Solver
 from lace_lightning.synthesis.teacher import Solution, Usage
 from lace_lightning.tasks import Task
+from lace_lightning.traces.checksum import file_digest
 from lace_lightning.traces.schema import Problem
 
 if TYPE_CHECKING:

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lace_lightning.synthesis.rows import Row, digest, read_rows, to_line, write_rows
-from lace_lightning.whole_file import write_text
+from lace_lightning.synthesis.rows import Row, digest, parse_rows, read_rows, to_line, write_rows
+from lace_lightning.whole_file import append_lines, open_lines, write_text
 
 Work = Callable[[Sequence[Row]], Iterable[Row]]
 """A stage's work: rows in; of each, one row out as soon as it is done, in any order."""
@@ -107,9 +107,9 @@ class WorkFolder:
         journal = self._journal(name)
         done = {row["position"]: row for row in _read_journal(journal, origin)}
         todo = [row for row in rows if row["position"] not in done]
-        with journal.open("a", encoding="utf-8") as file, self._progress(name, len(rows), len(done)) as advance:
+        with open_lines(journal) as file, self._progress(name, len(rows), len(done)) as advance:
             for row in work(todo):
-                _append(file, row)
+                append_lines(file, to_line(row))  # out of this process at once: it survives its death
                 done[row["position"]] = row
                 advance()
         return [done[row["position"]] for row in rows]
@@ -138,16 +138,10 @@ class WorkFolder:
         return self.path / f"{name}.{suffix}"
 
 
-def _append(file: IO[str], row: Any) -> None:
-    """One line, out of this process at once: what is written survives its death."""
-    file.write(to_line(row))
-    file.flush()
-
-
 def _read_journal(path: Path, origin: dict[str, str]) -> list[Row]:
     """The rows done before; the file is cut to them, or begun anew if it was from other settings or rows."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # what has no line end was cut by a kill
-    whole = [json.loads(line) for line in lines]
+    whole = parse_rows(lines, path)
     if whole and whole[0] == origin:
         with path.open("r+b") as file:
             file.truncate(sum(len(line) + 1 for line in lines))

@@ -10,10 +10,13 @@ import json
 import os
 import re
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from lace_lightning.traces.checksum import checksum_file, has_other_checksum, write_checksum
 from lace_lightning.traces.columns import Columns
 from lace_lightning.traces.schema import Problem, Tag, Trace, TraceThread
 from lace_lightning.whole_file import whole_file
@@ -24,6 +27,7 @@ OnBad = Literal["error", "skip"]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _MAX_REPORTED = 10
+_BATCH_ROWS = 256
 _T = TypeVar("_T", Problem, Trace)
 
 
@@ -88,8 +92,11 @@ def read_traces(
 def write_traces(traces: Iterable[Trace], path: str | Path) -> None:
     """Write traces as JSONL, gzipped JSONL or Parquet, chosen by suffix; the file appears whole or not at all.
 
+    Its checksum is kept beside it, in ``<path>.sha256``, and checked by whoever reads it here.
+
     Raises:
         BadDataError: unsupported suffix.
+        OSError: the disk is full; an earlier file is as it was.
     """
     path = Path(path)
     suffix = _suffix(path, "path")
@@ -99,6 +106,8 @@ def write_traces(traces: Iterable[Trace], path: str | Path) -> None:
             _write_parquet(rows, unfinished)
         else:
             _write_jsonl(rows, unfinished, compress=suffix == ".jsonl.gz")
+        checksum_file(path).unlink(missing_ok=True)  # the earlier file's
+    write_checksum(path)
 
 
 def parse_problem(row: object) -> Problem:
@@ -276,6 +285,11 @@ def _rows(source: str, split: str, option: str, subset: str | None) -> Iterator[
     suffix = _suffix(path, option)
     if not path.exists():
         raise BadDataError(f"{option}={source!r}: no such file; check the path (it is relative to {os.getcwd()})")
+    if has_other_checksum(path):
+        raise BadDataError(
+            f"{option}={source!r}: it is damaged or was changed: {checksum_file(path)} has another checksum; make or "
+            "copy it anew, or delete that file if you changed the rows yourself"
+        )
     if suffix == ".parquet":
         return _numbered(_load_parquet(path, option), source)
     return _lines(path, option, compressed=suffix == ".jsonl.gz")
@@ -287,7 +301,7 @@ def _lines(path: Path, option: str, compressed: bool) -> Iterator[tuple[str, byt
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield f"{path}:{number}", line
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise BadDataError(f"{option}={str(path)!r}: cannot be read ({error}); is the file whole?") from error
 
 
@@ -296,12 +310,15 @@ def _numbered(rows: Iterable[object], name: str) -> Iterator[tuple[str, object]]
         yield f"{name}:row {number}", row
 
 
-def _load_parquet(path: Path, option: str) -> Iterable[object]:
-    import datasets  # slow to import
+def _load_parquet(path: Path, option: str) -> Iterator[object]:
+    import pyarrow as pa  # slow to import
+    import pyarrow.parquet as pq
 
     try:
-        return datasets.load_dataset("parquet", data_files=str(path), split="train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS):
+                yield from batch.to_pylist()
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise BadDataError(
             f"{option}={str(path)!r}: cannot be read as Parquet ({error}); is the file whole?"
         ) from error
@@ -369,11 +386,14 @@ def _write_jsonl(rows: Iterable[dict[str, Any]], path: Path, compress: bool) -> 
 
 
 def _write_parquet(rows: Iterable[dict[str, Any]], path: Path) -> None:
-    from datasets import Dataset, Features, Value  # slow to import
+    import pyarrow as pa  # slow to import
+    import pyarrow.parquet as pq
 
-    string = Value("string")
-    texts = dict.fromkeys(["text", "answer", "tag", "strategy", "origin"], string)
-    threads = [{**texts, "forced": [[Value("int64")]]}]
-    columns = dict.fromkeys(["id", "problem", "answer", "source", "facts"], string)
-    listed = [{**row, "facts": json.dumps(row["facts"], ensure_ascii=False)} for row in rows]
-    Dataset.from_list(listed, features=Features({**columns, "threads": threads})).to_parquet(str(path))
+    texts = [(name, pa.string()) for name in ("text", "answer", "tag", "strategy", "origin")]
+    threads = pa.list_(pa.struct([*texts, ("forced", pa.list_(pa.list_(pa.int64())))]))
+    columns = [(name, pa.string()) for name in ("id", "problem", "answer", "source", "facts")]
+    schema = pa.schema([*columns, ("threads", threads)])
+    listed = ({**row, "facts": json.dumps(row["facts"], ensure_ascii=False)} for row in rows)
+    with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
+        while batch := list(islice(listed, _BATCH_ROWS)):
+            writer.write_table(pa.Table.from_pylist(batch, schema))

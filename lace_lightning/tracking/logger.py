@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import json
-import logging
 import os
 import sys
 import time
@@ -12,39 +11,28 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lace_lightning.tracking import run_info, store
+from lace_lightning.tracking.live_run import LiveRun
 from lace_lightning.tracking.names import file_name, flat, key
 from lace_lightning.tracking.note import NOTE, Note, differences, how_it_went
 from lace_lightning.tracking.pictures import image_files, table_file
-from lace_lightning.tracking.redact import redact, redact_lines, redact_uri
-from lace_lightning.tracking.sender import Sender
-from lace_lightning.tracking.spool import Record, Spool, SpoolReader
+from lace_lightning.tracking.redact import redact, redact_lines
+from lace_lightning.tracking.spool import Record
 from lace_lightning.tracking.system import SystemMetrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow.tracking import MlflowClient
 
-FLUSH_SECONDS = 10.0
 MAX_PARAM_CHARACTERS = 6000  # MLflow's limit
 PARENT_RUN = "LACE_PARENT_RUN"
 """Environment variable: id of the MLflow run under which runs are shown that name no other parent."""
 _MAX_TAG_CHARACTERS = 8000
-
-log = logging.getLogger(__name__)
-
-
-class _Run(NamedTuple):
-    id: str
-    name: str
-    client: MlflowClient
-    spool: Spool
-    sender: Sender
 
 
 class MLflowLogger(Logger):
@@ -90,7 +78,7 @@ class MLflowLogger(Logger):
         self._parent_run_id = parent_run_id or os.environ.get(PARENT_RUN)
         self._save_dir = save_dir
         self._tables: list[str] = []
-        self._run: _Run | None = None
+        self._run: LiveRun | None = None
         self._system = SystemMetrics(self.log_metrics, system_seconds)
         self._note: Note | None = None
         self._began = time.monotonic()
@@ -119,8 +107,7 @@ class MLflowLogger(Logger):
         """Folder of the run inside its experiment's: its name and the start of its id. None on ranks above zero."""
         if not _on_rank_zero():
             return None
-        run = self._started()
-        return f"{file_name(run.name)}-{run.id[:8]}"
+        return self._started().version
 
     @property
     def run_id(self) -> str | None:
@@ -144,7 +131,7 @@ class MLflowLogger(Logger):
         if not values:
             return
         now, of = _now(), {"weights_of": self._weights_of} if self._weights_of else {}
-        self._append({"kind": "metrics", "time": now, "step": step or 0, "values": values, **of})
+        self._started().append({"kind": "metrics", "time": now, "step": step or 0, "values": values, **of})
         self._last |= {name: (value, now, step or 0) for name, value in values.items() if not _is_system(name)}
 
     @rank_zero_only
@@ -157,25 +144,25 @@ class MLflowLogger(Logger):
     @rank_zero_only
     def log_tag(self, name: str, value: str) -> None:
         """Set a tag of the run."""
-        self._append({"kind": "tag", "key": key(name), "value": value[:_MAX_TAG_CHARACTERS]})
+        self._started().append({"kind": "tag", "key": key(name), "value": value[:_MAX_TAG_CHARACTERS]})
 
     @rank_zero_only
     def log_text(self, text: str, artifact_file: str) -> None:
         """Keep text as the run's artifact ``artifact_file``, say ``samples/step-100.html``; replaces an earlier one."""
-        self._add_file(text.encode(), artifact_file)
+        self._started().add_file(text.encode(), artifact_file)
 
     @rank_zero_only
     def log_image(self, name: str, image: str | PathLike[str] | Figure, step: int = 0) -> None:
         """Keep a picture file or matplotlib figure; MLflow shows the pictures of one name with a step slider."""
         for artifact_file, content in image_files(key(name), image, step, _now()).items():
-            self._add_file(content, artifact_file)
+            self._started().add_file(content, artifact_file)
         self.log_tag("mlflow.loggedImages", "True")
 
     @rank_zero_only
     def log_table(self, rows: Sequence[Mapping[str, object]], name: str) -> None:
         """Keep rows as the table ``tables/<name>.json``, as MLflow's Evaluation page shows it; replaces an earlier."""
         artifact_file = f"tables/{name}.json"
-        self._add_file(table_file(rows), artifact_file)
+        self._started().add_file(table_file(rows), artifact_file)
         if artifact_file not in self._tables:
             self._tables.append(artifact_file)
             shown = [{"path": path, "type": "table"} for path in self._tables]
@@ -191,11 +178,11 @@ class MLflowLogger(Logger):
             starts_from: id of the run whose weights this one starts from: the description lists what differs from it,
                 or, without it, from the parent run.
         """
-        self._started()
+        run = self._started()
         note = Note(what, redact_lines(command), self._commit, self._is_dirty)
         other = starts_from or self._parent_run_id
         if other is not None:
-            name, params = self._look_up(other)
+            name, params = run.look_up(other)
             uses = "Measures" if self._weights_of else "Starts from"
             note.parent = f"{uses} the weights of run {name}." if starts_from else f"Belongs to run {name}."
             note.differences = None if params is None or starts_from is None else differences(params, self._params)
@@ -211,7 +198,7 @@ class MLflowLogger(Logger):
             tags: where checkpoint, config and data lie; the commit is added.
         """
         commit = {"git.commit": self._commit} if self._commit else {}
-        self._append({"kind": "weights", "step": step, "tags": {**tags, **commit}, "values": self._last})
+        self._started().append({"kind": "weights", "step": step, "tags": {**tags, **commit}, "values": self._last})
 
     @rank_zero_only
     def use_weights(self, runs: Sequence[str], evaluates: bool = False) -> None:
@@ -222,14 +209,14 @@ class MLflowLogger(Logger):
             evaluates: metrics logged from now on are of the last one's weights, and shown there too.
         """
         if runs:
-            self._append({"kind": "uses", "runs": list(dict.fromkeys(runs))})
+            self._started().append({"kind": "uses", "runs": list(dict.fromkeys(runs))})
             self.log_tag("lace.weights_of", runs[-1])
             self._weights_of = runs[-1] if evaluates else None
 
     @rank_zero_only
     def log_trace(self, trace: Record) -> None:
         """Keep a trace made by :mod:`lace_lightning.tracking.traces`; what was already sent is replaced."""
-        self._append({"kind": "trace", **trace})
+        self._started().append({"kind": "trace", **trace})
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -246,39 +233,19 @@ class MLflowLogger(Logger):
             last = {name: value for name, (value, _, _) in self._last.items()}
             went = how_it_went(ended, time.monotonic() - self._began, error, last)
             self.log_tag(NOTE, self._note.markdown(redact_lines(went)))
-        self._append({"kind": "status", "status": ended, "time": _now()})
-        self._flush()
+        self._started().append({"kind": "status", "status": ended, "time": _now()})
+        self._run.flush()
 
-    def _look_up(self, run_id: str) -> tuple[str, dict[str, str] | None]:
-        """Link and parameters of a run; a store that is away, or another one, costs words of a description, no more."""
-        try:
-            run = store.run_or_none(self._started().client, run_id)
-        except Exception as error:
-            log.warning("Run %s cannot be looked up for the description: %s", run_id, redact_uri(str(error)))
-            run = None
-        if run is None:
-            return f"`{run_id}`", None
-        page = f"#/experiments/{run.info.experiment_id}/runs/{run_id}"
-        return f"[{run.info.run_name}]({page})", dict(run.data.params)
-
-    def _started(self) -> _Run:
+    def _started(self) -> LiveRun:
         if self._run is None:
-            self._run = self._start()
-            atexit.register(self._flush)
+            parent = {"mlflow.parentRunId": self._parent_run_id} if self._parent_run_id else {}
+            folder = Path(self._save_dir, self.name)
+            tags = {**self._tags, **parent}
+            self._run = LiveRun(self.tracking_uri, self._experiment_name, self._run_name, tags, folder)
+            atexit.register(self._run.flush)
             self._log_run_info()
             self._system.start()
         return self._run
-
-    def _start(self) -> _Run:
-        client = store.connect(self.tracking_uri)
-        parent = {"mlflow.parentRunId": self._parent_run_id} if self._parent_run_id else {}
-        opened = store.open_run(
-            client, self.tracking_uri, self._experiment_name, self._run_name, {**self._tags, **parent}
-        )
-        run_id, name = opened.info.run_id, opened.info.run_name
-        folder = Path(self._save_dir, self.name, f"{file_name(name)}-{run_id[:8]}", "spool")
-        spool = Spool(folder, run_id, redact_uri(self.tracking_uri))
-        return _Run(run_id, name, client, spool, Sender(client, SpoolReader(folder), self.tracking_uri))
 
     def _log_run_info(self) -> None:
         here = Path.cwd()
@@ -300,34 +267,7 @@ class MLflowLogger(Logger):
             self.log_text(value, artifact_file)
             value = f"{len(value)} characters: see artifact {artifact_file}"
         self._params[name] = value
-        self._append({"kind": "param", "key": name, "value": value})
-
-    def _append(self, record: Record) -> None:
-        run = self._started()
-        run.spool.append(record)
-        run.sender.start()
-
-    def _add_file(self, content: bytes, artifact_file: str) -> None:
-        run = self._started()
-        run.spool.add_file(content, artifact_file)
-        run.sender.start()
-
-    def _flush(self) -> None:
-        assert self._run is not None
-        try:
-            left = self._run.sender.close(FLUSH_SECONDS)
-        except KeyboardInterrupt:  # a second Ctrl-C: the user will not wait
-            left = SpoolReader(self._run.spool.folder).pending()
-        if not self._run.sender.is_busy:  # else the spool stays locked, lest `lace sync` send the same beside us
-            self._run.spool.close()
-        if left:
-            log.warning(
-                "%d records of run %s could not be sent to %s. Nothing is lost; when it answers again: lace sync %s",
-                left,
-                self._run.name,
-                redact_uri(self.tracking_uri),
-                self._run.spool.folder,
-            )
+        self._started().append({"kind": "param", "key": name, "value": value})
 
 
 def _on_rank_zero() -> bool:

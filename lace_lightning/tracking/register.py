@@ -6,6 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from lace_lightning import __version__
 from lace_lightning.decoding import DecodingSpec
 from lace_lightning.threaded_lm import ThreadedLM
@@ -42,7 +44,9 @@ def register(
         Version, and the URI to load it by.
 
     Raises:
-        TrackingError: the store does not answer, or does not know the run's checkpoint.
+        TrackingError: the store does not answer, has no room, or does not know the run's checkpoint. Nothing is
+            registered then.
+        OSError: the temporary folder has no room.
     """
     uri = store.resolve_tracking_uri(tracking_uri)
     client = store.connect(uri)
@@ -55,9 +59,13 @@ def register(
         )
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder, FILES)
-        save_group_model(model, task, decoding, max_length, files)
+        try:
+            save_group_model(model, task, decoding, max_length, files)
+        except SafetensorError as error:
+            raise OSError(f"{folder} could not be written: {error}; TMPDIR names another folder") from error
         save_pyfunc(files, example, Path(folder, "model"))
-        client.log_model_artifacts(model_id, str(Path(folder, "model")))
+        with store.remedies(uri):
+            client.log_model_artifacts(model_id, str(Path(folder, "model")))
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
     # Not models:/<id>, which MLflow's sqlite store looks up in the process's global store.

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from lace_lightning.tracking import store
 from lace_lightning.tracking.redact import redact_uri
 from lace_lightning.tracking.sender import drain
-from lace_lightning.tracking.spool import HEADER, RECORDS, SpoolReader, is_live
+from lace_lightning.tracking.spool import HEADER, RECORDS, alone
+from lace_lightning.tracking.spool_reader import SpoolReader
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -34,9 +35,16 @@ def replay(folder: Path, tracking_uri: str | None = None) -> Replayed:
         folder: the spool.
         tracking_uri: the store, where it has moved or needs a password, which a spool does not keep.
     """
-    if is_live(folder):
+    try:
+        with alone(folder):
+            return _replay(SpoolReader(folder), tracking_uri)
+    except BlockingIOError:
         return Replayed(folder, 0, "a run is still writing it and sends by itself")
-    reader = SpoolReader(folder)
+    except (OSError, ValueError) as error:  # run.json, or the disk
+        return Replayed(folder, 0, str(error))
+
+
+def _replay(reader: SpoolReader, tracking_uri: str | None) -> Replayed:
     uri = store.resolve_tracking_uri(tracking_uri or reader.tracking_uri)
     waiting = reader.pending()
     try:
@@ -44,9 +52,9 @@ def replay(folder: Path, tracking_uri: str | None = None) -> Replayed:
         drain(client, reader)
         _end_if_dead(client, reader)
     except Exception as error:  # whatever a store may raise; the spool keeps the rest
-        left = reader.pending()
-        return Replayed(folder, waiting - left, f"{redact_uri(uri)} does not take records: {redact_uri(str(error))}")
-    return Replayed(folder, waiting)
+        sent = waiting - reader.pending()
+        return Replayed(reader.folder, sent, f"{redact_uri(uri)} does not take records: {redact_uri(str(error))}")
+    return Replayed(reader.folder, waiting)
 
 
 def _end_if_dead(client: MlflowClient, reader: SpoolReader) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lace_lightning.tracking.redact import redact_uri
-from lace_lightning.tracking.spool import Record, SpoolReader
+from lace_lightning.tracking.spool import Record
+from lace_lightning.tracking.spool_reader import BATCHED, REFUSED, SpoolReader
 from lace_lightning.tracking.traces import send_trace
 from lace_lightning.tracking.weights import model_of, send_uses, send_weights
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 SEND_SECONDS = 2.0
 MAX_WAIT_SECONDS = 30.0
 _CLOSING_WAIT_SECONDS = 0.5
+
+_SICK_DATABASE = ("QueuePool limit", "DatabaseError", "InternalError", "InterfaceError", "PendingRollbackError")
+"""In the message of an error: the database is busy or damaged, and the records are not to blame."""
 
 log = logging.getLogger(__name__)
 
@@ -33,14 +37,20 @@ def drain(client: MlflowClient, reader: SpoolReader) -> None:
         records, end = reader.read()
         if not records:
             return
-        _send(client, reader, records)
+        if records[0]["kind"] == "unreadable":
+            _set_aside(reader, records[0], "the line is damaged on this disk")
+        else:
+            _send(client, reader, records)
         reader.acknowledge(records, end)
 
 
 def _send(client: MlflowClient, reader: SpoolReader, records: list[Record]) -> None:
     """Send records as one batch; if the store rejects it, one by one, setting aside those that it never will take."""
     try:
-        _send_batch(client, reader, records)
+        if records[0]["kind"] in BATCHED:
+            _send_batch(client, reader, records)
+        else:
+            _SEND[records[0]["kind"]](client, reader, records[0])
     except Exception as error:
         if not _is_refusal(error):
             raise
@@ -48,8 +58,12 @@ def _send(client: MlflowClient, reader: SpoolReader, records: list[Record]) -> N
             for record in records:
                 _send(client, reader, [record])
             return
-        reader.refuse(records[0], str(error))
-        log.warning("MLflow refused a record, which is kept in %s: %s", reader.folder / "refused.jsonl", error)
+        _set_aside(reader, records[0], str(error))
+
+
+def _set_aside(reader: SpoolReader, record: Record, reason: str) -> None:
+    reader.refuse(record, reason)
+    log.warning("MLflow refused a record, which is kept in %s: %s", reader.folder / REFUSED, reason)
 
 
 def _send_batch(client: MlflowClient, reader: SpoolReader, records: list[Record]) -> None:
@@ -72,9 +86,6 @@ def _send_batch(client: MlflowClient, reader: SpoolReader, records: list[Record]
         params=[Param(key, value) for key, value in params],
         tags=[RunTag(key, value) for key, value in tags.items()],
     )
-    for record in records:
-        if record["kind"] in _SEND:
-            _SEND[record["kind"]](client, reader, record)
 
 
 def _send_artifact(client: MlflowClient, reader: SpoolReader, record: Record) -> None:
@@ -98,7 +109,11 @@ def _is_refusal(error: Exception) -> bool:
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
-        return error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
+        if isinstance(cause := error.__cause__, MlflowException | OSError):
+            return _is_refusal(cause)  # MLflow's client calls a model that it could not look up an invalid parameter
+        if error.error_code == "BAD_REQUEST":  # also what MLflow makes of most errors of its database
+            return not any(sign in str(error) for sign in _SICK_DATABASE)
+        return error.error_code in ("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST")
     response = getattr(error, "response", None)  # requests.HTTPError of an artifact upload
     if response is not None:
         return response.status_code in (400, 413)
@@ -106,12 +121,20 @@ def _is_refusal(error: Exception) -> bool:
 
 
 class Sender:
-    """One daemon thread that drains a spool every two seconds, more rarely while the store does not answer."""
+    """One daemon thread that drains a spool every two seconds, more rarely while the store does not answer.
 
-    def __init__(self, client: MlflowClient, reader: SpoolReader, tracking_uri: str) -> None:
+    Args:
+        client, reader, tracking_uri: whom to send to, and from where.
+        on_end: called by the thread when it ends, which may be after :meth:`close` has stopped waiting for it.
+    """
+
+    def __init__(
+        self, client: MlflowClient, reader: SpoolReader, tracking_uri: str, on_end: Callable[[], None]
+    ) -> None:
         self._client = client
         self._reader = reader
         self._uri = redact_uri(tracking_uri)
+        self._on_end = on_end
         self._closing = threading.Event()
         self._give_up_at = 0.0
         self._thread: threading.Thread | None = None
@@ -134,12 +157,29 @@ class Sender:
             self._thread.join(seconds)
         return self._reader.pending()
 
+    def send_past_the_spool(self, records: list[Record]) -> int:
+        """Try once to send what found no room on the disk, after all that did; the number of records that arrived."""
+        sent = 0
+        try:
+            for record in records:
+                _send(self._client, self._reader, [record])
+                sent += 1
+        except Exception as error:
+            log.warning("MLflow at %s does not take records either: %s", self._uri, redact_uri(str(error)))
+        return sent
+
     @property
     def is_busy(self) -> bool:
         """Whether the thread still runs, say in a request that hangs."""
         return self._thread is not None and self._thread.is_alive()
 
     def _run(self) -> None:
+        try:
+            self._drain_until_closed()
+        finally:
+            self._on_end()
+
+    def _drain_until_closed(self) -> None:
         wait = SEND_SECONDS
         while True:
             closing = self._closing.wait(wait)

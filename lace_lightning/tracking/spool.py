@@ -18,45 +18,50 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
+import logging
 import shutil
 import threading
 import uuid
+from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path, PurePosixPath
-from typing import Any, TextIO
+from typing import Any
 
 from lace_lightning.tracking.redact import hide_known
+from lace_lightning.whole_file import append_lines, open_lines, whole_file, write_text
 
 Record = dict[str, Any]
 
 HEADER = "run.json"
 RECORDS = "records.jsonl"
-CHUNK_BYTES = 256 * 1024  # below MLflow's limit of 1 MB for one request
+
+log = logging.getLogger(__name__)
 
 
 class Spool:
     """Writing end of a spool; holds its lock while open, and opens again by itself after :meth:`close`.
 
     Every record reaches the operating system before ``append`` returns, so a killed process loses nothing; the sender
-    calls :meth:`SpoolReader.sync` before it sends, so a power cut loses seconds.
+    calls :meth:`SpoolReader.sync` before it sends, so a power cut loses seconds. While the disk is full, or `lace sync`
+    holds the spool, records wait in memory and are written, in order, as soon as it can be: the run goes on.
+
+    Raises:
+        OSError: the folder or ``run.json`` cannot be written. Later errors of the disk are only warned of.
     """
 
     def __init__(self, folder: Path, run_id: str, tracking_uri: str) -> None:
         self.folder = folder
         self._mutex = threading.Lock()
-        self._stream: TextIO | None = None
+        self._file: FileIO | None = None
+        self._waiting: deque[tuple[str, Path, bytes | None]] = deque()
         folder.mkdir(parents=True, exist_ok=True)
-        replace_text(folder / HEADER, json.dumps({"run_id": run_id, "tracking_uri": tracking_uri}, indent=2))
+        write_text(folder / HEADER, json.dumps({"run_id": run_id, "tracking_uri": tracking_uri}, indent=2))
 
     def append(self, record: Record) -> None:
         """Add one record."""
-        line = hide_known(json.dumps(record)) + "\n"
-        with self._mutex:
-            if self._stream is None:
-                self._stream = _open_locked(self.folder / RECORDS)
-            self._stream.write(line)
-            self._stream.flush()
+        self._add(record, self.folder, None)
 
     def add_file(self, content: bytes, artifact_file: str) -> None:
         """Keep ``content`` until it has been sent as the run's artifact ``artifact_file``, a relative POSIX path.
@@ -68,113 +73,85 @@ class Spool:
         if not target.name or target.is_absolute() or ".." in target.parts:
             raise ValueError(f"artifact_file={artifact_file!r} must be a relative path inside the run's artifacts")
         relative = Path("files", uuid.uuid4().hex, target.name)
-        path = self.folder / relative
-        path.parent.mkdir(parents=True)
-        path.write_bytes(_without_secrets(content))
-        self.append({"kind": "artifact", "file": relative.as_posix(), "folder": _folder_of(target)})
+        record = {"kind": "artifact", "file": relative.as_posix(), "folder": _folder_of(target)}
+        self._add(record, self.folder / relative, _without_secrets(content))
+
+    def settle(self) -> int:
+        """Try once more to write what waits; the number of records for which there is still no room."""
+        with self._mutex:
+            if self._waiting:
+                self._write()
+            return len(self._waiting)
+
+    def unwritten(self) -> list[Record]:
+        """What waits for room, without the artifacts."""
+        with self._mutex:
+            return [json.loads(line) for line, _, content in self._waiting if content is None]
 
     def close(self) -> None:
         """Let go of file and lock."""
         with self._mutex:
-            if self._stream is not None:
-                self._stream.close()
-                self._stream = None
+            if self._file is not None:
+                self._file.close()
+                self._file = None
 
+    def _add(self, record: Record, path: Path, content: bytes | None) -> None:
+        line = hide_known(json.dumps(record)) + "\n"
+        with self._mutex:
+            is_first = not self._waiting
+            self._waiting.append((line, path, content))
+            error = self._write()
+        if error is not None and is_first:
+            log.warning("%s. The run goes on; what it logs waits in memory until there is room.", error)
+        if error is None and not is_first:
+            log.warning("%s is written again: nothing that waited is missing.", self.folder)
 
-class SpoolReader:
-    """Reading end of a spool: records in order from the first one that is not yet acknowledged."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        header = json.loads((folder / HEADER).read_text())
-        self.run_id: str = header["run_id"]
-        self.tracking_uri: str = header["tracking_uri"]
-        self._offset_path = folder / "offset"
-        self._offset = int(self._offset_path.read_text()) if self._offset_path.exists() else 0
-
-    def sync(self) -> None:
-        """Make what is in the spool survive a power cut. Not the writer's job: training need not wait for the disk."""
-        path = self.folder / RECORDS
-        if path.exists():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-
-    def read(self) -> tuple[list[Record], int]:
-        """The next records, about ``CHUNK_BYTES`` of them, and the offset to acknowledge once they have been sent."""
-        path = self.folder / RECORDS
-        if not path.exists():
-            return [], self._offset
-        with path.open("rb") as stream:
-            stream.seek(self._offset)
-            lines = stream.readlines(CHUNK_BYTES)
-        if lines and not lines[-1].endswith(b"\n"):  # being written, or cut off by a kill
-            lines.pop()
-        return list(_parsed(lines)), self._offset + sum(map(len, lines))
-
-    def acknowledge(self, records: list[Record], end: int) -> None:
-        """Note that everything before ``end`` has arrived and drop the copies of its artifacts."""
-        self._offset = end
-        replace_text(self._offset_path, str(end))
-        for record in records:
-            if record["kind"] == "artifact":
-                shutil.rmtree((self.folder / record["file"]).parent, ignore_errors=True)
-
-    def pending(self) -> int:
-        """Number of records that have not been acknowledged."""
-        path = self.folder / RECORDS
-        if not path.exists():
-            return 0
-        with path.open("rb") as stream:
-            stream.seek(self._offset)
-            return sum(line.endswith(b"\n") for line in stream)
-
-    def refuse(self, record: Record, reason: str) -> None:
-        """Set a record aside that the server will never accept; its artifact's copy, if any, stays."""
-        kept = dict(record)
-        if record["kind"] == "artifact":
-            refused = self.folder / "refused" / record["file"]
-            refused.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(self.folder / record["file"], refused)
-            kept["file"] = refused.relative_to(self.folder).as_posix()
-        with (self.folder / "refused.jsonl").open("a") as stream:
-            stream.write(json.dumps({**kept, "reason": reason}) + "\n")
-
-
-def is_live(folder: Path) -> bool:
-    """Whether a running process holds the spool open."""
-    try:
-        _open_locked(folder / RECORDS).close()
-    except BlockingIOError:
-        return True
-    return False
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that readers see all of the old or all of the new text."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def _open_locked(path: Path) -> TextIO:
-    stream = path.open("a")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        stream.close()
-        raise
-    return stream
-
-
-def _parsed(lines: list[bytes]) -> Iterator[Record]:
-    for line in lines:
+    def _write(self) -> OSError | None:
+        """Write what waits; the error that keeps it waiting."""
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        # Every line that we write is a whole record: anything else is a disk's error.
-        is_record = isinstance(record, dict) and isinstance(record.get("kind"), str)
-        yield record if is_record else {"kind": "unreadable", "line": line.decode(errors="replace")}
+            if self._file is None:
+                self._file = _open_locked(self.folder / RECORDS)
+            while self._waiting:
+                line, path, content = self._waiting[0]
+                if content is not None:
+                    _keep(path, content)
+                append_lines(self._file, line)
+                self._waiting.popleft()
+        except OSError as error:
+            return error
+        return None
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep others from writing a spool.
+
+    Raises:
+        BlockingIOError: a running process holds it.
+    """
+    with _open_locked(folder / RECORDS):
+        yield
+
+
+def _open_locked(path: Path) -> FileIO:
+    file = open_lines(path)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def _keep(path: Path, content: bytes) -> None:
+    """Write an artifact's copy into a folder of its own."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as unfinished:
+            unfinished.write_bytes(content)
+    except OSError:
+        shutil.rmtree(path.parent, ignore_errors=True)
+        raise
 
 
 def _without_secrets(content: bytes) -> bytes:

@@ -56,15 +56,20 @@ def is_server(uri: str) -> bool:
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client of the store; creates the folder of an sqlite file. Does not yet talk to a server."""
+    """A client of the store; creates an sqlite file if there is none. Does not yet talk to a server.
+
+    Raises:
+        TrackingError: the sqlite file is damaged or foreign, or there is no room for it.
+    """
     for name, value in _MLFLOW_SETTINGS.items():
         os.environ.setdefault(name, value)
     from mlflow.tracking import MlflowClient
 
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # a new sqlite file is no news
-    if uri.startswith(_SQLITE):
-        Path(uri.removeprefix(_SQLITE)).parent.mkdir(parents=True, exist_ok=True)
-    return MlflowClient(uri)
+    with remedies(uri):
+        if uri.startswith(_SQLITE):
+            Path(uri.removeprefix(_SQLITE)).parent.mkdir(parents=True, exist_ok=True)
+        return MlflowClient(uri)
 
 
 def open_run(
@@ -77,7 +82,7 @@ def open_run(
     """
     from mlflow.tracking.context.registry import resolve_tags
 
-    with _remedies(uri), _one_at_a_time(uri):
+    with remedies(uri), _one_at_a_time(uri):
         experiment_id = _experiment_id(client, uri, experiment_name)
         # Among them are the address of the checkout's remote and what MLFLOW_RUN_CONTEXT says.
         noted: Any = redact(resolve_tags(tags))
@@ -90,7 +95,7 @@ def check(client: MlflowClient, uri: str) -> None:
     Raises:
         TrackingError: it does not answer.
     """
-    with _remedies(uri):
+    with remedies(uri):
         client.search_experiments(max_results=1)
 
 
@@ -126,18 +131,24 @@ def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
 
 
 @contextmanager
-def _remedies(uri: str) -> Iterator[None]:
-    """Say which option is at fault, and what to do, when the store does not work."""
+def remedies(uri: str) -> Iterator[None]:
+    """Say which option is at fault, and what to do, when the store does not work.
+
+    Raises:
+        TrackingError: it does not answer, or there is no room in it.
+    """
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
     except TrackingError:
         raise
-    except (MlflowException, OSError) as error:
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        remedy = "Start the server" if is_server(uri) else "Make room if the disk is full, move a damaged file away"
         raise TrackingError(
             f"tracking_uri={redact_uri(uri)!r} cannot be used: {redact_uri(str(error))}\n"
-            f"Start the server (or free the file), or log locally with tracking_uri={DEFAULT_TRACKING_URI!r}."
+            f"{remedy}, or log locally with tracking_uri={DEFAULT_TRACKING_URI!r}."
         ) from error
 
 

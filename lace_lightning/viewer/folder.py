@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from lace_lightning.evaluation.store import read_outcomes
 from lace_lightning.viewer.page import viewer_page
+from lace_lightning.whole_file import write_text
 
 VIEWER = "viewer.html"
 
@@ -26,10 +26,5 @@ def write_viewer(folder: str | Path, out: str | Path | None = None) -> Path:
     """
     path = Path(folder, VIEWER) if out is None else Path(out)
     page = viewer_page(Path(folder).resolve().name, read_outcomes(folder))
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, page)
     return path
