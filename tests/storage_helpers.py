@@ -167,8 +167,9 @@ class Line:
 
 def _ask(request: BaseHTTPRequestHandler, port: int, body: bytes) -> tuple[int, bytes]:
     connection = HTTPConnection("127.0.0.1", port, timeout=60)
-    headers = {name: value for name, value in request.headers.items() if name.lower() not in ("host", "connection")}
-    connection.request(request.command, request.path, body, headers)
+    dropped = ("host", "connection", "transfer-encoding")  # an empty file is sent in chunks, of which there are none
+    headers = {name: value for name, value in request.headers.items() if name.lower() not in dropped}
+    connection.request(request.command, request.path, body, headers | {"Content-Length": str(len(body))})
     response = connection.getresponse()
     return response.status, response.read()
 
