@@ -150,6 +150,7 @@ class HealthMonitor(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._counts, self._in_a_row = Counter(state_dict["counts"]), Counter(state_dict["in_a_row"])
+        self._logged = self._counts.copy()  # a checkpoint is written after its batch has been logged
 
     def _end(self) -> None:
         if self._saved is not None:
@@ -165,15 +166,15 @@ class HealthMonitor(Callback):
         if not isinstance(pl_module, LatticeGRPO) or pl_module.at_hand is None:
             return
         sampled, rewards = pl_module.at_hand
-        shares = torch.stack([
-            (rewards.amax(1) == rewards.amin(1)).float().mean().to(pl_module.device),
-            torch.tensor([group.has_valid_tags for group in sampled.groups]).float().mean().to(pl_module.device),
-            1 - sampled.rollout.finished.float().mean().to(pl_module.device),
-        ])  # fmt: skip
-        tied, tagged, truncated = cast(Tensor, trainer.strategy.reduce(shares, reduce_op="mean")).tolist()
-        self._note("constant_reward", tied == 1, "all groups of every problem got the same reward")
+        is_tied = bool((rewards.amax(1) == rewards.amin(1)).all())  # of all processes
+        finished = sampled.rollout.finished[: len(sampled.groups)]  # a process may have no group, and then a stand-in
+        num_valid = sum(group.has_valid_tags for group in sampled.groups)
+        counts = torch.tensor([num_valid, len(sampled.groups), int(finished.sum())], device=pl_module.device)
+        num_valid, num_groups, num_finished = cast(Tensor, trainer.strategy.reduce(counts, reduce_op="sum")).tolist()
+        tagged = num_valid / num_groups
+        self._note("constant_reward", is_tied, "all groups of every problem got the same reward")
         self._note("lost_tags", tagged < self.least_tags, f"{tagged:.0%} of the groups have valid tags")
-        self._note("truncated", truncated == 1, "the length limit ended every thread")
+        self._note("truncated", num_finished == 0, "the length limit ended every thread")
 
     def _note(self, name: str, is_there: bool, finding: str) -> None:
         """Count a symptom of rollouts, and act once it lasts."""

@@ -11,8 +11,10 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def fixed_seed() -> None:
+def fixed_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    # A run inside of an earlier test leaves its seed behind, with which Lightning seeds distributed runs again.
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +30,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
-    if "chaos" not in config.option.markexpr:  # minutes of kills and faults run where they are asked for
-        asked_for = [item for item in items if not item.get_closest_marker("chaos")]
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("chaos")])
-        items[:] = asked_for
+    for marker in ("chaos", "cluster"):  # what takes many minutes runs where it is asked for
+        if marker not in config.option.markexpr:
+            config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker(marker)])
+            items[:] = [item for item in items if not item.get_closest_marker(marker)]

@@ -47,7 +47,7 @@ from lace_lightning.traces.reading import BadDataError, _row, parse_problem, par
 from lace_lightning.traces.schema import Problem, Tag
 from lace_lightning.traces.tags import parse_answer, parse_tag
 from lace_lightning.tracking.redact import redact, redact_lines, redact_text
-from lace_lightning.tracking.spool import SpoolReader
+from lace_lightning.tracking.spool_reader import SpoolReader
 from lace_lightning.verification import Kind, Reference, Verifier
 from lace_lightning.verification.sight import Question, look
 from lace_lightning.viewer.page import clip, viewer_page

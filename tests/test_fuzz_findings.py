@@ -11,7 +11,7 @@ from lace_lightning.cli.eval_config import read_settings
 from lace_lightning.sweep.reading import read_sweep
 from lace_lightning.sweep.spec import SweepError
 from lace_lightning.tracking.redact import redact_lines
-from lace_lightning.tracking.spool import SpoolReader
+from lace_lightning.tracking.spool_reader import SpoolReader
 
 
 @pytest.mark.parametrize("line", [b"5", b"null", b"[]", b'"kind"', b"{}", b'{"kind": 3}', b"[" * 10_000])

@@ -97,6 +97,7 @@ def namespaced() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.usefixtures("namespaced")
 def test_two_hosts_have_the_losses_of_one_process(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
@@ -109,6 +110,7 @@ def test_two_hosts_have_the_losses_of_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.usefixtures("namespaced")
 def test_a_mistake_on_the_hosts_is_told_and_leaves_no_namespace(tmp_path: Path) -> None:
     before = namespaces()
@@ -214,6 +216,7 @@ exec "$@"
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_the_shipped_job_goes_on_after_it_was_requeued(slurm, tmp_path: Path, monkeypatch) -> None:
     """Its losses on two runs, of which SLURM ended the first, are those of one run."""
     monkeypatch.chdir(tmp_path)

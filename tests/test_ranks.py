@@ -136,18 +136,21 @@ SMALL_STEPS = {"average": "grpo", "kl_weight": 0.1, "passes": 2, "minibatches": 
 """Three batches of six optimizer steps: some minibatches leave a process without a group."""
 
 
+UNEVEN = {"average": "dr_grpo", "groups_per_problem": 2, "batch": 3, "size": 4, "processes": 3}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "stage", "options"),
     [
         ("ddp", "sft", {}),
-        ("ddp", "cpt", {}),
-        ("ddp", "pretrain", {"isolated": True}),
         ("ddp", "grpo", SMALL_STEPS),
-        ("ddp", "grpo", {"average": "dr_grpo", "groups_per_problem": 2, "batch": 3, "size": 4, "processes": 3}),
         ("fsdp", "sft", {"checkpointing": True}),
-        ("fsdp", "cpt", {}),
-        ("fsdp", "grpo", SMALL_STEPS),
+        pytest.param("ddp", "cpt", {}, marks=pytest.mark.cluster),
+        pytest.param("ddp", "pretrain", {"isolated": True}, marks=pytest.mark.cluster),
+        pytest.param("ddp", "grpo", UNEVEN, marks=pytest.mark.cluster),
+        pytest.param("fsdp", "cpt", {}, marks=pytest.mark.cluster),
+        pytest.param("fsdp", "grpo", SMALL_STEPS, marks=pytest.mark.cluster),
     ],
 )
 def test_several_processes_have_the_numbers_of_one_also_with_a_ragged_last_batch(
@@ -167,6 +170,7 @@ def test_several_processes_have_the_numbers_of_one_also_with_a_ragged_last_batch
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_parameters_that_a_batch_does_not_reach_stop_nobody_under_ddp(tmp_path: Path) -> None:
     ranks = run(tmp_path / "ranks", "sft", "ddp", {"size": SIZE, "unreached": 1})
     assert len(ranks[0]["batches"]) == 5 and ranks[0]["batches"] == ranks[1]["batches"]

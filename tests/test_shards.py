@@ -297,6 +297,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, flo
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.parametrize("start", ["auto1", "ddp2", "fsdp2"])
 @pytest.mark.parametrize(("num_processes", "strategy"), [(1, "auto"), (2, "ddp"), (2, "fsdp")])
 def test_a_run_goes_on_with_the_same_curve_on_other_processes(
@@ -311,6 +312,7 @@ def test_a_run_goes_on_with_the_same_curve_on_other_processes(
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.parametrize("what", ["shards", "meta"])
 def test_a_full_disk_of_one_process_ends_all_and_leaves_the_last_whole_checkpoint(what: str, tmp_path: Path) -> None:
     done = ran(tmp_path / "run", 2, "fsdp", {"full": what})

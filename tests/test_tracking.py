@@ -201,7 +201,8 @@ def test_odd_names_and_values_of_metrics_arrive(logger: MLflowLogger) -> None:
 
 
 def test_tables_are_read_back_by_mlflow(logger: MLflowLogger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", logger.tracking_uri)  # load_table asks the global store
+    # load_table asks the global store, which a test before this one may have set.
+    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", logger.tracking_uri)
     logger.log_table([{"prompt": "p", "tag": "[[best]]"}, {"prompt": "<b>q</b>", "length": 3}], "validation")
     logger.finalize("success")
     client = MlflowClient(logger.tracking_uri)

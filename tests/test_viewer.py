@@ -357,5 +357,5 @@ def test_view_says_what_it_needs(tmp_path, opened, capsys):
     assert main(["view", str(tmp_path)]) == 2 and "neither outcomes.jsonl of lace eval nor" in capsys.readouterr().err
     assert main(["view", str(tmp_path), "--out=x.html"]) == 2 and "--out=x.html needs" in capsys.readouterr().err
     (tmp_path / "outcomes.jsonl").write_text("{}\n")
-    assert main(["view", str(tmp_path)]) == 2 and "is no outcome of `lace eval`" in capsys.readouterr().err
+    assert main(["view", str(tmp_path)]) == 2 and "is not of `lace eval`" in capsys.readouterr().err
     assert opened == [] and not list(tmp_path.glob(".*"))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lace_lightning.cli.main import explain, without_unions
+from lace_lightning.cli.next_steps import say_next
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -87,7 +89,10 @@ def _examine(arguments: Sequence[str], device_memory: float | None) -> int:
         *checks_of_stage(module, settings, planned, outline),
     ]
     show_checks(console, found)
-    return FAILED if any(check.state == "failed" for check in found) else 0
+    if any(check.state == "failed" for check in found):
+        return FAILED
+    say_next(("start the run", f"lace fit {shlex.join(arguments)}"))
+    return 0
 
 
 # ---------------------------------------------------------------- the configuration
