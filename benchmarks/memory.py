@@ -25,6 +25,7 @@ from lace_lightning.bench.clock import free_memory
 from lace_lightning.bench.decoding import make_decoder
 from lace_lightning.bench.machine import describe
 from lace_lightning.compiled_layers import compile_layers
+from lace_lightning.decoding.playing import in_autocasts_dtype
 from lace_lightning.exchange import LatticeAttentionConfig
 from lace_lightning.memory import Decoding, Pass, Precision, Run, Shape, estimate
 from lace_lightning.threaded_lm import ThreadedLM
@@ -182,10 +183,14 @@ def decode_groups(case: Case, model: ThreadedLM) -> None:
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(1000, (case.groups, case.prompt), generator=generator).tolist()
     model.eval()
-    with torch.no_grad():
-        decoding = make_decoder(model, case.new, "auto").start(prompts, case.threads, list(range(case.groups)))
+
+    def play(decoded: ThreadedLM) -> None:
+        decoding = make_decoder(decoded, case.new, "auto").start(prompts, case.threads, list(range(case.groups)))
         decoding.advance(case.new)
         decoding.rollout()
+
+    with torch.no_grad():
+        in_autocasts_dtype(model, play)
     model.train()
 
 

@@ -242,7 +242,7 @@ def peaks() -> Iterator[tuple[str, int, Run]]:
 
 def test_predicted_peaks_of_all_stages_are_near_the_measured_ones() -> None:
     errors = {name: estimate(run).peak.total / peak - 1 for name, peak, run in peaks()}
-    assert len(errors) >= 8
+    assert len(errors) >= 7
     assert {name: error for name, error in errors.items() if abs(error) > 0.02} == {}
 
 

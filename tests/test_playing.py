@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 
 from lace_lightning.checkpoints import CheckpointError
-from lace_lightning.decoding import DecodingSpec, play_groups
+from lace_lightning.decoding import DecodingSpec, play_groups, playing
 from lace_lightning.modules import LatticeGRPO
 from lace_lightning.threaded_lm import ThreadedLM
 from tests.helpers import wake
@@ -58,6 +59,21 @@ def test_under_autocast_weights_of_its_dtype_decode_and_the_models_own_stay(mode
     ]
     assert torch.equal(under_autocast.logprobs, rollout.logprobs)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_the_copy_that_decodes_under_autocast_is_gone_afterwards(model, monkeypatch):
+    """With it its engine's caches: on a GPU they are larger than what is trained."""
+    copies, cast = [], playing._cast
+
+    def noted(*arguments):
+        made = cast(*arguments)
+        copies.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(playing, "_cast", noted)
+    with torch.autocast("cpu", torch.bfloat16):
+        play(model, DECODING)
+    assert len(copies) == 1 and copies[0]() is None
 
 
 def test_a_resumed_run_may_decode_fewer_groups_at_once_but_not_longer_ones(tmp_path):

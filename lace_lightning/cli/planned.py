@@ -77,6 +77,7 @@ def _grpo(run: Run, module: LatticeGRPO, outline: ThreadedLM, data: GroupData) -
 def _decoding(spec: DecodingSpec, groups: int, outline: ThreadedLM, data: GroupData, on_cuda: bool) -> Decoding:
     new = max(1, min(spec.max_new_tokens, data.max_length - 1))
     threads = spec.num_threads or outline.num_threads
+    groups = min(groups, spec.groups_at_once or groups)
     return Decoding(groups, threads, data.max_length - new, new, engine_of(spec, outline, on_cuda), spec.sampling)
 
 

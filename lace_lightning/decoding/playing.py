@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import gc
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     from lace_lightning.tasks import Task
     from lace_lightning.threaded_lm import ThreadedLM
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,33 +96,47 @@ def play_groups(
     _check_room(problems, prompts, max_length)
     num_threads = spec.num_threads or model.num_threads
     rules = (max(limits), spec.sampling, spec.barrier, spec.engine)
+
+    def decode(decoding: ThreadedLM) -> Rollout:
+        decoder = make_decoder(decoding, tokenizer, task.template, *rules)
+        parts = []
+        for at in _slices(len(problems), spec.groups_at_once):
+            environment = task.environment(problems[at], num_threads, tokenizer)
+            parts.append(decoder.decode(prompts[at], num_threads, seeds[at], environment))
+        return _cut(join_rollouts(parts, decoder.rules.pad_id), limits, decoder.rules.pad_id)
+
     was_training = model.training
     model.eval()
     try:
-        decoder = make_decoder(_cast_for_autocast(model), tokenizer, task.template, *rules)
-        with torch.autocast(next(model.parameters()).device.type, enabled=False):
-            parts = []
-            for at in _slices(len(problems), spec.groups_at_once):
-                environment = task.environment(problems[at], num_threads, tokenizer)
-                parts.append(decoder.decode(prompts[at], num_threads, seeds[at], environment))
+        rollout = in_autocasts_dtype(model, decode)
     finally:
         model.train(was_training)
-    rollout = _cut(join_rollouts(parts, decoder.rules.pad_id), limits, decoder.rules.pad_id)
     return to_groups(rollout, problems, seeds, tokenizer, task.template), rollout
+
+
+def in_autocasts_dtype(model: ThreadedLM, decode: Callable[[ThreadedLM], T]) -> T:
+    """Decode with the model itself or, under autocast, without it and with a copy whose weights have its dtype.
+
+    The copy and the caches of its engine are gone afterwards.
+    """
+    kind = next(model.parameters()).device.type
+    dtype = torch.get_autocast_dtype(kind)
+    if not torch.is_autocast_enabled(kind) or all(p.dtype == dtype for p in model.parameters()):
+        return decode(model)
+    with torch.autocast(kind, enabled=False):
+        found = decode(_cast(model, dtype))
+    gc.collect()  # layers and what runs them refer to each other
+    return found
+
+
+def _cast(model: ThreadedLM, dtype: torch.dtype) -> ThreadedLM:
+    """A copy with other weights; buffers stay as they are."""
+    cast = {id(p): nn.Parameter(p.to(dtype), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, cast)  # what is in the memo counts as copied
 
 
 def _slices(size: int, step: int | None) -> list[slice]:
     return [slice(start, start + (step or size)) for start in range(0, size, step or size)]
-
-
-def _cast_for_autocast(model: ThreadedLM) -> ThreadedLM:
-    """The model itself, or under autocast a copy whose weights have autocast's dtype; buffers stay as they are."""
-    kind = next(model.parameters()).device.type
-    dtype = torch.get_autocast_dtype(kind)
-    if not torch.is_autocast_enabled(kind) or all(p.dtype == dtype for p in model.parameters()):
-        return model
-    cast = {id(p): nn.Parameter(p.to(dtype), requires_grad=False) for p in model.parameters()}
-    return copy.deepcopy(model, cast)  # what is in the memo counts as copied
 
 
 def _check_room(problems: Sequence[Problem], prompts: Sequence[Sequence[int]], max_length: int) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lace_lightning.memory import caches, head
 from lace_lightning.memory.activations import casts, kept_by_all_layers, largest_layer
-from lace_lightning.memory.run import Decoding, Pass, Run
+from lace_lightning.memory.run import Decoding, Pass, Precision, Run
 
 CONTEXT = 600 * 2**20
 """Bytes that CUDA's context, cuBLAS and compiled kernels take beside what torch allocates (seen on H100 and H200)."""
@@ -63,8 +63,8 @@ def _standing(run: Run) -> dict[str, int]:
 
 
 def _kept_rollout(run: Run) -> dict[str, int]:
-    """The engine's caches of the last rollout, which stay until another batch size comes."""
-    if run.rollout is None or run.rollout.engine != "graphs":
+    """The engine's caches of the last rollout, which stay until another batch size comes; a copy takes its along."""
+    if run.rollout is None or run.rollout.engine != "graphs" or run.precision.is_mixed:
         return {}
     return {"caches of the last rollout": sum(caches.cached(run, run.rollout).values())}
 
@@ -110,7 +110,12 @@ def _step(run: Run) -> Phase:
 def _decoding(run: Run, name: str, decoding: Decoding) -> Phase:
     """Decoding of a batch; stages from traces still hold the last step's gradients."""
     holds = run.training is not None and run.head == "fused" and name == "validation"
-    parts = _standing(run) | (_gradients(run) if holds else {}) | caches.cached(run, decoding)
+    parts = _standing(run) | (_gradients(run) if holds else {})
+    if run.precision.is_mixed or run.strategy == "sharded":  # a copy, or all shards gathered
+        numbers = run.precision.compute
+        parts["weights for decoding"] = run.shape.parameters * numbers
+        run = replace(run, precision=Precision(numbers, numbers, numbers))
+    parts |= caches.cached(run, decoding)
     return Phase(name, _without_zeros(parts | {"prompts": caches.prefill(run, decoding)}))
 
 

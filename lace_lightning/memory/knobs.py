@@ -35,7 +35,7 @@ def _changes(run: Run) -> Iterator[tuple[str, Run]]:
             yield f"--model.init_args.{option}.max_new_tokens={half.new}", _with(run, **{name: half})
     if run.rollout is not None and run.rollout.groups > 1:
         half = replace(run.rollout, groups=run.rollout.groups // 2)
-        yield "half of --data.init_args.batch_size (or of model.groups_per_problem)", _with(run, rollout=half)
+        yield f"--model.init_args.rollout.groups_at_once={half.groups}", _with(run, rollout=half)
     if run.validation is not None and run.validation.groups > 1:
         half = replace(run.validation, groups=run.validation.groups // 2)
         yield f"--data.init_args.val_batch_size={half.groups}", _with(run, validation=half)
