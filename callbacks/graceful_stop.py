@@ -148,8 +148,8 @@ class GracefulStop(Callback):
         self._module = module
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in {*STOPPING, _requeue_signal(module.trainer) or signal.SIGTERM}:
-            if signal.getsignal(number) != self._handle:
+        for number in (*STOPPING, _requeue_signal(module.trainer)):
+            if number is not None and signal.getsignal(number) != self._handle:
                 self._previous[number] = signal.signal(number, self._handle)
 
     def _restore(self) -> None:

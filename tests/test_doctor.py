@@ -101,7 +101,7 @@ def test_every_option_that_doctor_names_is_one_that_fit_takes(stage: str) -> Non
     options = [*DEMO[:3], f"configs/demo/{stage}.yaml", DEMO[-1]]
     cli = doctor.parsed(options)
     module, data = doctor.made(cli)
-    run = planned_run(module, data, doctor.settings_of(cli)["trainer"], on_cuda=True)
+    run = planned_run(module, data, cli.settings()["trainer"], on_cuda=True)
     named = [knob.option.partition(" (")[0] for knob in knobs(run) if knob.option.startswith("--")]
     assert len(named) >= 3
     stages.resolve([*options, *named])

@@ -19,6 +19,7 @@ from lace_lightning.verification.spelling import (
     without_words,
     words,
 )
+from tests.fuzz_targets import REFERENCES
 from tests.hand_built import RIGHT, WRONG
 
 INTEGERS = st.integers(-(10**9), 10**9)
@@ -29,14 +30,6 @@ ANYTHING = st.one_of(
     st.text(st.sampled_from(list("\\{}()[]$^_!/*+-=,.;: 0123456789abx\n")), max_size=40),
     st.lists(st.sampled_from(PIECES), max_size=12).map("".join),
 )
-REFERENCES = [
-    Reference("42"),
-    Reference(r"\frac{1}{2}", tolerance=0.1, unit="km"),
-    Reference("1,2", Kind.VALUES),
-    Reference("C", Kind.CHOICE),
-    Reference("yes, no", Kind.TEXT),
-    Reference("", Kind.COUNTDOWN, numbers=(6, 7), target=42),
-]
 quietly = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 
 

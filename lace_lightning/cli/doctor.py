@@ -69,7 +69,7 @@ def _examine(arguments: Sequence[str], device_memory: float | None) -> int:
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     cli = parsed(arguments)
-    settings = settings_of(cli)
+    settings = cli.settings()
     on_cuda = runs_on_cuda(settings["trainer"], device_memory)
     try:
         module, data = made(cli)
@@ -109,13 +109,6 @@ def parsed(arguments: Sequence[str]) -> ParsedCLI:
     cli = build(arguments, run=False, kind=ParsedCLI)
     assert isinstance(cli, ParsedCLI)
     return cli
-
-
-def settings_of(cli: ParsedCLI) -> dict[str, Any]:
-    """All settings with their defaults, as plain values."""
-    import yaml
-
-    return dict(yaml.safe_load(cli.parser.dump(cli.config, skip_none=False)))
 
 
 def made(cli: ParsedCLI) -> tuple[ThreadedModule, GroupData]:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
+from lace_lightning.cli.mapping import read_mapping
 from lace_lightning.evaluation.spec import EvaluationSpec
 
 Settings = dict[str, Any]
@@ -26,7 +27,7 @@ def read_settings(configs: Sequence[str], options: Sequence[str]) -> Settings:
     """
     settings: Settings = {}
     for path in configs:
-        settings = merge(settings, _read_yaml(path))
+        settings = merge(settings, read_mapping(Path(path), f"--config {path}"))
     for name, value in _pairs(options):
         settings = merge(settings, _nested(name.split("."), value))
     return with_sweeps(settings)
@@ -105,18 +106,6 @@ def meanings_of(spec: EvaluationSpec, resolved: Settings) -> dict[str, Settings]
 
 def _without(settings: Settings, *names: str) -> Settings:
     return {name: value for name, value in settings.items() if name not in names}
-
-
-def _read_yaml(path: str) -> Settings:
-    try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"--config {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"--config {path} is no YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"--config {path} holds no settings: it must be a YAML mapping")
-    return settings
 
 
 def _pairs(options: Sequence[str]) -> list[tuple[str, Any]]:

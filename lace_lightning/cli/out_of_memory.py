@@ -37,7 +37,7 @@ def _remedies(arguments: Sequence[str]) -> list[str]:
 
     cli = doctor.parsed(arguments[1:])
     module, data = doctor.made(cli)
-    run = planned_run(module, data, doctor.settings_of(cli)["trainer"], on_cuda=True)
+    run = planned_run(module, data, cli.settings()["trainer"], on_cuda=True)
     return remedies(estimate(run), knobs(run), doctor.device_bytes(None))
 
 

@@ -139,6 +139,10 @@ class ParsedCLI(LaceCLI):
     def instantiate_classes(self) -> None:
         """Leave ``config`` as it was parsed."""
 
+    def settings(self) -> dict[str, Any]:
+        """All settings with their defaults, as plain values."""
+        return dict(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
+
 
 def resolve(arguments: Sequence[str]) -> dict[str, Any]:
     """The settings of a stage with all defaults filled in, from arguments without a subcommand.
@@ -147,7 +151,8 @@ def resolve(arguments: Sequence[str]) -> dict[str, Any]:
         ArgumentError: an option or a key of a config is unknown, or its value is of a wrong type.
     """
     cli = build(arguments, run=False, kind=ParsedCLI)
-    return dict(yaml.safe_load(cli.parser.dump(cli.config, skip_none=False)))
+    assert isinstance(cli, ParsedCLI)
+    return cli.settings()
 
 
 def build(

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser
 
+from lace_lightning.cli.mapping import read_mapping
 from lace_lightning.cli.shipped import with_shipped_configs
 from lace_lightning.sweep.spec import (
     Axis,
@@ -86,13 +86,9 @@ def _settings(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in above:
         raise SweepError(f"extends: {path} lies beneath itself")
     try:
-        own = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SweepError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise SweepError(f"{path} is no YAML: {error}") from error
-    if not isinstance(own, dict):
-        raise SweepError(f"{path} holds no settings: a sweep is a YAML mapping")
+        own = read_mapping(path, str(path))
+    except ValueError as error:
+        raise SweepError(str(error)) from error
     settings: dict[str, Any] = {}
     below = own.pop("extends", [])
     below = [below] if isinstance(below, str) else below
