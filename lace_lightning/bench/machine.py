@@ -28,7 +28,7 @@ def describe(device: torch.device, commit: str | None = None) -> dict[str, Any]:
 
 
 def git(commit: str | None = None) -> dict[str, Any]:
-    """Commit, branch and whether (not which: results are published) files had changes; ``commit`` stands for all of it."""
+    """Commit, branch and whether (not which: results are published) files had changes; ``commit`` stands for them."""
     state = None if commit else git_state(Path(__file__).parent)
     if state is None:
         return {"commit": commit, "dirty": None}
