@@ -65,9 +65,10 @@ class StepMeter(Callback):
 
 def main() -> int:
     options = parsed()
-    from lace_lightning.tracking.run_info import environment, git_state, hardware
+    from lace_lightning.bench.machine import git
+    from lace_lightning.tracking.run_info import environment, hardware
 
-    record: dict[str, Any] = {"size": options.size, "commit": options.commit or git_state(ROOT)}
+    record: dict[str, Any] = {"size": options.size, "git": git(options.commit)}
     record |= {"environment": environment(), "hardware": hardware(), "stages": {}}
     out = Path(options.out) / f"recipes_{options.size}_{time.strftime('%Y-%m-%d_%H%M%S')}.json"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -25,9 +25,9 @@ import numpy as np
 import psutil
 from lightning.pytorch import Callback, Trainer
 
-from lace_lightning.bench.machine import versions
+from lace_lightning.bench.machine import git, versions
 from lace_lightning.cli.stages import build
-from lace_lightning.tracking.run_info import git_state, hardware
+from lace_lightning.tracking.run_info import hardware
 from lace_lightning.whole_file import write_text
 
 WARM_UP = 1 / 3
@@ -106,7 +106,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="of the run's files (default: a temporary one)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder, git = (options.folder or Path(temporary)).resolve(), git_state(Path(__file__).parent)
+        folder, state = (options.folder or Path(temporary)).resolve(), git()
         watch = Watch(options.seconds)
         build(arguments_of(options.minutes, folder), callbacks=[watch])
     found = slopes(watch.samples)
@@ -119,7 +119,7 @@ def main() -> int:
         "slopes": found,
         "hardware": hardware(),
         "versions": versions(),
-        "git": git,
+        "git": state,
         "columns": list(last),
         "samples": [[round(value, 1) for value in sample.values()] for sample in watch.samples],
     }

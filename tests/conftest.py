@@ -1,5 +1,7 @@
 """What every test stands on: one seed, one thread, a plain kernel for FlashAttention, CUDA tests only where CUDA is."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -23,6 +25,14 @@ def plain_flash_attention(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
     if not request.node.get_closest_marker("gpu"):
         monkeypatch.setitem(flash.KERNELS, "plain", PLAIN_KERNEL)
         monkeypatch.setattr(flash, "INSTALLED", "plain")
+
+
+@pytest.fixture
+def no_process_group_left() -> Iterator[None]:
+    """Of a strategy of one process, which leaves its group behind."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -302,7 +302,8 @@ def measured(tmp_path: Path, *arguments: str) -> dict:
 
 
 def test_decode_writes_what_it_ran_on_with_and_how(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(machine, "git_state", lambda folder: {"commit": "0" * 40, "dirty": True})
+    state = {"commit": "0" * 40, "dirty": True, "changed": ["?? notes/"]}
+    monkeypatch.setattr(machine, "git_state", lambda folder: state)
     options = [
         "decode",
         "--threads",

@@ -8,7 +8,6 @@ import logging
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from jsonargparse import ArgumentParser
 from lace_lightning.synthesis.chat import ChatError, ChatModel, ChatReply, ChatRequest
 from lace_lightning.synthesis.chats import OpenAIChat
 from tests.chat_server import ChatServer, chat_server
+from tests.storage_helpers import free_port
 
 KEY = "sk-secret-7f3a9b2c1d"
 ROOT = Path(__file__).parents[1]
@@ -216,12 +216,6 @@ def test_a_refused_key_ends_requests_that_are_in_flight(server):
     with pytest.raises(ChatError):
         chat.ask([question("hang 1"), question("hang 2"), question("401 x")])
     assert time.monotonic() - start < 5
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_nobody_listening_ends_the_run_when_patience_is_used_up():

@@ -18,6 +18,8 @@ from lace_lightning.cli.stages import build
 from lace_lightning.modules import FullySharded, FullyShardedOnDisk, LatticeGRPO
 from lace_lightning.puzzles.vocabulary import word_tokenizer
 
+pytestmark = pytest.mark.usefixtures("no_process_group_left")
+
 FILES = sorted(str(path.relative_to(SHIPPED)) for path in SHIPPED.rglob("*.yaml"))
 ANY_STAGE = ("exchange", "trainer")
 """Folders of files that go on top of any stage."""
@@ -95,13 +97,6 @@ class Witness(Callback):
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, *args) -> None:
         self.validated += len(outputs["sampled"].groups)
-
-
-@pytest.fixture(autouse=True)
-def no_process_group_left():
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("stack", STACKS, ids="+".join)

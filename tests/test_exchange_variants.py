@@ -302,11 +302,3 @@ def test_without_a_gate_all_that_was_read_is_added(scope):
     always = {"gate.weight": torch.zeros(8, 16).double(), "gate.bias": torch.full((8,), 60.0).double()}
     expected = reference_lattice_attention(hidden, weights | always, config, visible)
     assert_close(apply(block, hidden, visible), hidden + expected.added)
-
-
-@pytest.mark.parametrize(
-    "settings, named", [(dict(gate="open"), "'open'"), (dict(gate="none", gate_bias=1.0), "gate_bias=1.0")]
-)
-def test_gates_that_do_not_exist_are_named(settings, named):
-    with pytest.raises(ValueError, match=named):
-        LatticeAttentionConfig(**settings)

@@ -317,6 +317,8 @@ def test_readings_are_the_gates_and_attention_shares_of_the_reference(config):
         (dict(scope="causal", window=3), "window=3"),
         (dict(width=16, heads=2, time_dims=3), "time_dims=3"),
         (dict(width=16, heads=2, time_dims=6, thread_dims=4), "thread_dims=4"),
+        (dict(gate="open"), "'open'"),
+        (dict(gate="none", gate_bias=1.0), "gate_bias=1.0"),
         (dict(backend="turbo"), "'turbo'"),
     ],
 )

@@ -8,7 +8,6 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from lace_lightning.write_queue import WriteQueue
 from tests.stage_helpers import FAST, assert_same, quiet_trainer, spec, trace_data, values
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("no_process_group_left")
 
 # ---------------------------------------------------------------- content
 
@@ -202,13 +202,6 @@ def held_back(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 
 # ---------------------------------------------------------------- the strategy
-
-
-@pytest.fixture(autouse=True)
-def no_process_group_left() -> Iterator[None]:
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def stage(seed: int = 1) -> SupervisedFinetuning:

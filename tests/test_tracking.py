@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from lace_lightning.tracking import MLflowLogger, TrackingError, live_run, repla
 from lace_lightning.tracking.redact import HIDDEN, redact, redact_lines
 from lace_lightning.tracking.spool import Spool
 from lace_lightning.tracking.spool_reader import SpoolReader
+from tests.storage_helpers import free_port, wait_until
 from tests.tracking_helpers import TinyModel, tiny_trainer
 
 
@@ -59,13 +60,6 @@ def history(logger: MLflowLogger, name: str) -> list[tuple[int, float]]:
 
 def artifact(logger: MLflowLogger, path: str, folder: Path) -> str:
     return Path(MlflowClient(logger.tracking_uri).download_artifacts(logger.run_id, path, str(folder))).read_text()
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.05)
 
 
 class Unreliable:
@@ -434,12 +428,6 @@ def test_missing_store_is_an_error_that_names_the_remedy(tmp_path: Path, capsys:
 
 
 # Real servers
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start_server(folder: Path, port: int) -> subprocess.Popen[bytes]:

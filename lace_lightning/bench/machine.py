@@ -23,8 +23,16 @@ def describe(device: torch.device, commit: str | None = None) -> dict[str, Any]:
         "device": device.type,
         "hardware": record,
         "versions": versions(),
-        "git": (not commit and git_state(Path(__file__).parent)) or {"commit": commit, "dirty": None},
+        "git": git(commit),
     }
+
+
+def git(commit: str | None = None) -> dict[str, Any]:
+    """Commit, branch and whether (not which: results are published) files had changes; ``commit`` stands for them."""
+    state = None if commit else git_state(Path(__file__).parent)
+    if state is None:
+        return {"commit": commit, "dirty": None}
+    return {name: value for name, value in state.items() if name != "changed"}
 
 
 def versions() -> dict[str, str | None]:
