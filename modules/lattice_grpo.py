@@ -301,7 +301,8 @@ class LatticeGRPO(ThreadedModule):
         if self.loss.kl_weight:
             metrics["policy/kl"] = torch.stack([output.kl for output in outputs]).mean()
         self.log_dict({name: value.float() for name, value in metrics.items()}, batch_size=len(rewards))
-        shares = {f"time/{name}": torch.tensor(share) for name, share in clock.shares().items()}
+        # Ranks add these up themselves, and NCCL adds up nothing on a CPU.
+        shares = {f"time/{name}": torch.tensor(share, device=self.device) for name, share in clock.shares().items()}
         self.log_dict(shares, batch_size=len(rewards), sync_dist=True)
         self.log("train/reward", metrics["reward/total"].float(), prog_bar=True, logger=False, batch_size=len(rewards))
 

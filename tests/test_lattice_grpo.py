@@ -452,6 +452,25 @@ def test_gaps_between_sampling_and_training_are_those_before_any_update(monkeypa
     assert logged["rollout/logprob_gap_mean"].item() == pytest.approx(0.5 / counts[0], abs=1e-4)
 
 
+def test_what_ranks_average_stands_on_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL adds up nothing on a CPU, where wall-clock times are born."""
+    averaged: list[torch.device] = []
+    original = LatticeGRPO._log_step
+
+    def on_another_device(self: LatticeGRPO, *args: Any) -> None:
+        def log_dict(values: dict[str, Tensor], sync_dist: bool = False, **_: Any) -> None:
+            averaged.extend(value.device for value in values.values() if sync_dist)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(self, "_device", torch.device("meta"))
+            patched.setattr(self, "log_dict", log_dict)
+            original(self, *args)
+
+    monkeypatch.setattr(LatticeGRPO, "_log_step", on_another_device)
+    fitted(grpo(), problem_data(), max_steps=1)
+    assert averaged and set(averaged) == {torch.device("meta")}
+
+
 def test_logged_names_are_documented_and_rewards_stand_by_their_names() -> None:
     rewards = [Threes(), FormatReward(), DiversityReward(NgramEmbedder(), weight=0.5)]
     trainer = fitted(grpo(rewards=rewards, loss=PolicyLoss(kl_weight=0.1)), problem_data(), max_steps=1)

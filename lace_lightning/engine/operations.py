@@ -26,6 +26,13 @@ THIN = 16
 _BLOCK_V = 1024
 _KEYS_PER_STEP = 64
 """Keys that a program of attention reads at once."""
+_EXCHANGE_KEYS = 64
+"""The same of the lattice."""
+_ATTEND_WARPS = 8
+_PART_WARPS = 4
+_EXCHANGE_WARPS = 8
+_COLUMN_WARPS = 8
+"""Warps of a program of attention over all keys, over a part; of the exchange over the lattice, within a column."""
 _GATE_BYTES = 2**16
 """Largest gate that a program keeps whole beside the rest, without spilling registers."""
 
@@ -41,10 +48,10 @@ class Tile:
 TILES = {
     "qkv": Tile(4, 256),
     "side": Tile(8, 256),
-    "out": Tile(4, 256),
+    "out": Tile(4, 512),
     "gated": Tile(4, 128),
-    "down": Tile(8, 256),
-    "head": Tile(4, 128),
+    "down": Tile(4, 512),
+    "head": Tile(4, 256),
 }
 
 
@@ -96,8 +103,15 @@ def _tile_threads(state: GroupState, weights: DecoderWeights) -> int:
 
 
 def _step(tile: Tile, inputs: int) -> int:
-    """Inputs that each warp asks for at once; a tensor core's operand has at least 32."""
-    return max(32, min(tile.inputs, triton.next_power_of_2(inputs // tile.warps)))
+    """Inputs that each warp asks for at once: half as many where the last turn of a warp would be mostly empty.
+
+    A tensor core's operand has at least 32.
+    """
+    share = inputs // tile.warps
+    step = min(tile.inputs, triton.next_power_of_2(share))
+    if step < share and -share % step > share // 10:
+        step //= 2
+    return max(32, step)
 
 
 def _is_thin(weights: DecoderWeights, rows: int) -> bool:
@@ -217,11 +231,11 @@ class Operations:
         )  # fmt: skip
         queries = triton.next_power_of_2(max(16, heads // key_heads))
         keys_per_step = _KEYS_PER_STEP // (2 if self.x.dtype == torch.float32 else 1)
-        options: dict[str, Any] = {"BLOCK_T": keys_per_step, "num_warps": 4, "num_stages": 2, **self._launch}
+        options: dict[str, Any] = {"BLOCK_T": keys_per_step, "num_stages": 2, **self._launch}
         if not self._plan.own_parts:
             attention.attend[(self._rows, key_heads)](
                 *inputs, self._attended, w.scale, size.num_threads, heads, key_heads, dim, has_norm,
-                self._thin, queries, **options,
+                self._thin, queries, num_warps=_ATTEND_WARPS, **options,
             )  # fmt: skip
             return
         tile, parts = _tile_threads(s, w), self._plan.prompt_parts + self._plan.own_parts
@@ -231,7 +245,7 @@ class Operations:
         attention.attend_parts[(tasks, key_heads)](
             *inputs, *self._parts[parts], w.scale, size.num_groups, size.num_threads, heads,
             key_heads, dim, has_norm, tile, self._plan.prompt_parts, self._plan.own_parts, queries, prompt_queries,
-            **options,
+            num_warps=_PART_WARPS, **options,
         )  # fmt: skip
         attention.merge_parts[(self._rows * heads,)](
             *self._parts[parts], self._attended, dim, parts, triton.next_power_of_2(parts),
@@ -255,13 +269,13 @@ class Operations:
             threads = max(triton.next_power_of_2(size.num_threads), -(-16 // config.heads))
             exchange.exchange_column[(size.num_groups,)](
                 buffers.inputs, s.written, s.time, *buffers.tables, side.w_gate, side.b_gate, buffers.out,
-                config.dim**-0.5, *shape[:-1], threads, num_warps=8, **self._launch,
+                config.dim**-0.5, *shape[:-1], threads, num_warps=_COLUMN_WARPS, **self._launch,
             )  # fmt: skip
             return
         exchange.exchange[(len(buffers.arrived), config.heads, buffers.parts)](
             *inputs, buffers.out, *buffers.joined[buffers.parts], buffers.arrived, size.new,
             config.dim**-0.5, *shape, config.window or 0, buffers.parts, _exchange_block(size.num_threads),
-            _KEYS_PER_STEP, triton.next_power_of_2(config.width), num_warps=8, **self._launch,
+            _EXCHANGE_KEYS, triton.next_power_of_2(config.width), num_warps=_EXCHANGE_WARPS, **self._launch,
         )  # fmt: skip
 
     def project_attended(self, index: int, layer: LayerWeights) -> None:
