@@ -26,13 +26,6 @@ THIN = 16
 _BLOCK_V = 1024
 _KEYS_PER_STEP = 64
 """Keys that a program of attention reads at once."""
-_EXCHANGE_KEYS = 64
-"""The same of the lattice."""
-_ATTEND_WARPS = 8
-_PART_WARPS = 4
-_EXCHANGE_WARPS = 8
-_COLUMN_WARPS = 8
-"""Warps of a program of attention over all keys, over a part; of the exchange over the lattice, within a column."""
 _GATE_BYTES = 2**16
 """Largest gate that a program keeps whole beside the rest, without spilling registers."""
 
@@ -235,7 +228,7 @@ class Operations:
         if not self._plan.own_parts:
             attention.attend[(self._rows, key_heads)](
                 *inputs, self._attended, w.scale, size.num_threads, heads, key_heads, dim, has_norm,
-                self._thin, queries, num_warps=_ATTEND_WARPS, **options,
+                self._thin, queries, num_warps=8 if self._thin else 4, **options,
             )  # fmt: skip
             return
         tile, parts = _tile_threads(s, w), self._plan.prompt_parts + self._plan.own_parts
@@ -245,7 +238,7 @@ class Operations:
         attention.attend_parts[(tasks, key_heads)](
             *inputs, *self._parts[parts], w.scale, size.num_groups, size.num_threads, heads,
             key_heads, dim, has_norm, tile, self._plan.prompt_parts, self._plan.own_parts, queries, prompt_queries,
-            num_warps=_PART_WARPS, **options,
+            num_warps=4, **options,
         )  # fmt: skip
         attention.merge_parts[(self._rows * heads,)](
             *self._parts[parts], self._attended, dim, parts, triton.next_power_of_2(parts),
@@ -269,13 +262,13 @@ class Operations:
             threads = max(triton.next_power_of_2(size.num_threads), -(-16 // config.heads))
             exchange.exchange_column[(size.num_groups,)](
                 buffers.inputs, s.written, s.time, *buffers.tables, side.w_gate, side.b_gate, buffers.out,
-                config.dim**-0.5, *shape[:-1], threads, num_warps=_COLUMN_WARPS, **self._launch,
+                config.dim**-0.5, *shape[:-1], threads, num_warps=4, **self._launch,
             )  # fmt: skip
             return
         exchange.exchange[(len(buffers.arrived), config.heads, buffers.parts)](
             *inputs, buffers.out, *buffers.joined[buffers.parts], buffers.arrived, size.new,
             config.dim**-0.5, *shape, config.window or 0, buffers.parts, _exchange_block(size.num_threads),
-            _EXCHANGE_KEYS, triton.next_power_of_2(config.width), num_warps=_EXCHANGE_WARPS, **self._launch,
+            _KEYS_PER_STEP, triton.next_power_of_2(config.width), num_warps=8, **self._launch,
         )  # fmt: skip
 
     def project_attended(self, index: int, layer: LayerWeights) -> None:
