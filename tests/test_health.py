@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from lace_lightning.callbacks import HealthMonitor, UnhealthyRun
+from lace_lightning.callbacks.health import _is_finite
 from lace_lightning.cli import stages
 from lace_lightning.decoding import Group
 from lace_lightning.modules import LatticeGRPO, SupervisedFinetuning, ThreadedModule
@@ -102,6 +103,12 @@ def test_a_skipped_step_leaves_weights_and_moments_as_they_were_bitwise(kind: st
         shared = poison.before[earlier].keys() & poison.before[later].keys()
         assert not all(torch.equal(poison.before[earlier][name], poison.before[later][name]) for name in shared)
     assert all(value.isfinite().all() for value in values(module).values())
+
+
+def test_a_process_without_a_row_of_a_weight_finds_its_gradient_finite() -> None:
+    """FSDP2 gives some processes nothing of a weight with fewer rows than there are processes."""
+    assert _is_finite([torch.empty(0, 3), torch.ones(2)]) and _is_finite([torch.empty(0)])
+    assert not _is_finite([torch.empty(0, 3), torch.tensor([torch.nan])])
 
 
 def test_a_warned_of_step_is_taken() -> None:
