@@ -204,6 +204,17 @@ def test_a_reward_that_stays_constant_is_named_once_it_lasts() -> None:
     assert healthy.state_dict()["counts"]["constant_reward"] == 0
 
 
+def test_a_symptom_that_comes_and_goes_does_not_last() -> None:
+    class Turns(Words):
+        def __call__(self, groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]]) -> Tensor:
+            self.weight = 1.0 - self.weight
+            return super().__call__(groups, verdicts)
+
+    monitor = HealthMonitor(constant_reward="stop", patience=2)
+    rollouts(monitor, batches=5, rewards=[Turns()])
+    assert monitor.state_dict()["counts"]["constant_reward"] in (2, 3)
+
+
 def test_skipping_constant_rewards_takes_no_step_even_with_a_kl_term() -> None:
     options = {"rewards": [Same()], "loss": PolicyLoss(kl_weight=1.0)}
     with pytest.warns(UserWarning, match="steps are skipped while it lasts"):

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,26 @@ def test_a_failed_write_keeps_the_old_checkpoint_and_is_raised(tmp_path: Path, m
     with pytest.raises(OSError, match="No space left"):
         plugin.teardown()
     assert list(tmp_path.iterdir()) == [old]
+
+
+def test_a_third_state_waits_until_the_first_is_on_the_disk(tmp_path: Path, monkeypatch) -> None:
+    goes_on = held_back(monkeypatch)
+    plugin = BackgroundCheckpointIO()
+    for step in range(2):
+        plugin.save_checkpoint({"step": step}, tmp_path / f"{step}.ckpt")
+    threading.Timer(0.2, goes_on.set).start()
+    plugin.save_checkpoint({"step": 2}, tmp_path / "2.ckpt")
+    assert goes_on.is_set() and (tmp_path / "0.ckpt").exists()
+    plugin.teardown()
+
+
+def test_when_training_has_ended_all_checkpoints_are_on_the_disk(tmp_path: Path, monkeypatch) -> None:
+    save, found, module = torch.save, [], stage()
+    monkeypatch.setattr(torch, "save", lambda *args, **kwargs: (time.sleep(0.2), save(*args, **kwargs)))
+    module.on_train_end = lambda: found.append(read_checkpoint(tmp_path / "last.ckpt")["global_step"])
+    saver = StageCheckpoint(tmp_path, every_n_train_steps=5, save_last=True)
+    quiet_trainer(2, [saver], enable_checkpointing=True, plugins=[BackgroundCheckpointIO()]).fit(module, trace_data())
+    assert found == [2]
 
 
 def test_at_most_two_states_wait_for_the_disk() -> None:
