@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
@@ -15,11 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from lace_lightning.callbacks import StageCheckpoint
 from lace_lightning.checkpoint_io import AtomicCheckpointIO, BackgroundCheckpointIO
 from lace_lightning.checkpoints import CheckpointError, initialise, read_checkpoint
 from lace_lightning.modules import ContinuedPretraining, FullyShardedOnDisk, SupervisedFinetuning, ThreadedModule
+from lace_lightning.sharding import whole as whole_weights
 from lace_lightning.shards import META, frozen, is_sharded, remove_unfinished, split, write
 from lace_lightning.write_queue import WriteQueue
 from tests.stage_helpers import FAST, assert_same, quiet_trainer, spec, trace_data, values
@@ -327,6 +330,20 @@ def test_a_checkpoint_of_one_file_stays_until_the_shards_in_its_place_are_writte
     else:
         trainer.save_checkpoint(path, weights_only=False)
         assert list(tmp_path.iterdir()) == [path] and read_checkpoint(path)["global_step"] == 1
+
+
+def test_an_interrupted_epoch_of_sampling_ends_without_a_traceback(tmp_path: Path, monkeypatch) -> None:
+    """When Python exits, the model's state goes before the epoch that nobody has left."""
+    module, told = stage(), []
+    fitted_on_disk(module, tmp_path, max_steps=1)
+    assert module.model is not None
+    epoch = whole_weights(module.model)
+    epoch.__enter__()
+    monkeypatch.setattr(FSDPModule, "reshard", lambda self: pytest.fail("it tried to divide the weights"))
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    del epoch
+    gc.collect()
+    assert not told
 
 
 def test_a_failed_write_of_shards_ends_the_run_and_leaves_the_last_whole_one(tmp_path: Path, monkeypatch) -> None:
