@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from lace_lightning.folder_lock import FolderBusyError, FolderLock
+from lace_lightning.shards import remove_unfinished
 from lace_lightning.tracking.run_folder import checkpoint_folder
 
 UNFINISHED = ".*.ckpt.*.part"
@@ -38,7 +39,7 @@ class OneRun(Callback):
         given = getattr(trainer.checkpoint_callback, "dirpath", None)
         if given is not None:
             self._hold(Path(given), _ANOTHER_FOLDER)
-        if ckpt_path is not None and Path(ckpt_path).is_file():
+        if ckpt_path is not None and Path(ckpt_path).exists():
             self._hold(Path(ckpt_path).parent, _ANOTHER_START)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -78,6 +79,8 @@ class OneRun(Callback):
         if self._locks[folder].is_held:
             for left in folder.glob(UNFINISHED):
                 left.unlink(missing_ok=True)
+            for checkpoint in folder.glob("*.ckpt/"):
+                remove_unfinished(checkpoint)
 
     def _release(self) -> None:
         while self._locks:

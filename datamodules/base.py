@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from lightning import LightningDataModule
@@ -17,9 +17,6 @@ from lace_lightning.traces.batch import TraceBatch
 from lace_lightning.traces.loader import EpochSampler, ResumableLoader, SerialDataset
 from lace_lightning.traces.reading import OnBad, read_problems
 from lace_lightning.traces.schema import Problem
-
-if TYPE_CHECKING:
-    pass
 
 Item = TypeVar("Item")
 Batch = TypeVar("Batch")

@@ -12,7 +12,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lace_lightning.checkpoints import read_checkpoint
-from lace_lightning.shards import is_sharded
+from lace_lightning.shards import aside, is_sharded
 from lace_lightning.whole_file import whole_file
 from lace_lightning.write_queue import WriteQueue
 
@@ -41,8 +41,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with whole_file(target) as unfinished:
             with unfinished.open("wb") as stream:
                 torch.save(checkpoint, stream)  # given a path, it would not say that the disk is full
-            if is_sharded(target):  # of a run on more processes; a file cannot take a folder's place
-                shutil.rmtree(target)
+            if is_sharded(target):  # of a run on more processes; a file cannot take a folder's place in one step
+                target.rename(aside(target))
+        shutil.rmtree(aside(target), ignore_errors=True)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None

@@ -70,6 +70,9 @@ def whole(model: nn.Module) -> Iterator[None]:
         module.unshard()
     try:
         yield
+    except GeneratorExit:  # an interrupted run never leaves: this is its end, and the model may be gone before
+        inner = shards = []
+        raise
     finally:
         for module in inner:
             module.set_reshard_after_forward(True, recurse=False)

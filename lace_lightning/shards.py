@@ -17,6 +17,7 @@ import shutil
 import warnings
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,36 @@ def write(tensors: dict[str, Tensor], rest: bytes, path: Path, shards: str, grou
         checkpoint[_INDEX] = {"folder": shards, "tensors": _index_of(metadata)}
         with whole_file(path / META) as unfinished:
             torch.save(checkpoint, unfinished)
-        for old in path.glob("shards-*"):
-            if old.name != shards:
-                shutil.rmtree(old, ignore_errors=True)
+        _remove_shards(path, except_for=shards)
+        aside(path).unlink(missing_ok=True)
+
+
+def aside(path: Path) -> Path:
+    """Where an earlier checkpoint of the other form, file or folder, stands until the new one is written."""
+    return path.with_name(f"{path.name}.before")
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what killed processes left in a checkpoint's folder; no process may be writing it.
+
+    A folder whose ``meta.pt`` cannot be read stays as it is. The file that one without was to replace comes back.
+    """
+    for left in path.glob(f".{META}.*.part"):
+        left.unlink(missing_ok=True)
+    if is_sharded(path):
+        with suppress(Exception):  # torch raises many types on damaged files; whoever reads this one will say so
+            _remove_shards(path, except_for=torch.load(path / META, weights_only=True, mmap=True)[_INDEX]["folder"])
+    elif any(path.glob("shards-*")):
+        _remove_shards(path, except_for=None)
+        with suppress(OSError):  # there is more in it, or no such file
+            path.rmdir()
+            aside(path).replace(path)
+
+
+def _remove_shards(path: Path, except_for: str | None) -> None:
+    for shards in path.glob("shards-*"):
+        if shards.name != except_for:
+            shutil.rmtree(shards, ignore_errors=True)
 
 
 def frozen(rest: Mapping[str, Any]) -> bytes:
@@ -161,12 +189,12 @@ class ShardReader:
         try:
             named, self.index = meta[_INDEX]["folder"], dict(meta[_INDEX]["tensors"])
             self.folder, self._metadata = self.path / named, _metadata_of(self.index)
+            files = {Path(chunk[2]).as_posix() for entry in self.index.values() for chunk in entry["chunks"]}
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"checkpoint {path} is damaged or foreign: {META} names no shards ({error!r})"
             ) from error
-        files = {chunk[2] for entry in self.index.values() for chunk in entry["chunks"]}
-        if outside := [name for name in (named, *files) if Path(name).name != name]:
+        if outside := [name for name in (named, *files) if name == ".." or Path(name).name != name]:
             raise CheckpointError(f"checkpoint {path} is foreign: it names {outside[0]}, outside of its folder")
         self.rest = {key: value for key, value in meta.items() if key != _INDEX}
 

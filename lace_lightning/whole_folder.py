@@ -16,6 +16,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Its files are on the disk before it does. After an error (a full disk, Ctrl-C) it is gone and ``path`` is as it was.
     """
     unfinished, old = (path.with_name(f".{path.name}.{os.getpid()}.{state}") for state in ("part", "old"))
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process: in containers ids come again
     unfinished.mkdir(parents=True)
     try:
         yield unfinished

@@ -23,7 +23,17 @@ from torch.optim import Optimizer
 
 from lace_lightning.checkpoints import read_checkpoint
 from lace_lightning.modules.fully_sharded import FullySharded
-from lace_lightning.shards import META, CheckpointError, ShardReader, frozen, is_sharded, join, split, write
+from lace_lightning.shards import (
+    META,
+    CheckpointError,
+    ShardReader,
+    aside,
+    frozen,
+    is_sharded,
+    join,
+    split,
+    write,
+)
 from lace_lightning.write_queue import WriteQueue
 
 _IS_SHARDED = "lace_is_sharded"
@@ -67,8 +77,8 @@ class FullyShardedOnDisk(FullySharded):
         """Copy the state now, write it later."""
         path = Path(self.broadcast(filepath))
         self._settle(left=1)
-        if self.is_global_zero and path.is_file():  # of another strategy; a folder cannot take its place
-            path.unlink()
+        if self.is_global_zero and path.is_file():  # of another strategy; a folder cannot take its place in one step
+            path.replace(aside(path))
         shards = self.broadcast(f"shards-{uuid.uuid4().hex[:12]}")
         tensors, rest = split(checkpoint)
         if self.root_device.type == "cpu":  # elsewhere they are copies already

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
-from lace_lightning.callbacks import GateMonitor
+from lace_lightning.callbacks import GateMonitor, HealthMonitor
 from lace_lightning.exchange import Isolated
 from lace_lightning.lattice import Lattice
 from lace_lightning.modules import (
@@ -30,8 +30,10 @@ from lace_lightning.modules import (
 from lace_lightning.policy_loss import PolicyLoss
 from lace_lightning.rewards import DiversityReward
 from lace_lightning.threaded_lm import ThreadedLM
+from tests.helpers import EXCHANGES
 from tests.stage_helpers import DECODING, LATTICE, problem_data, quiet_trainer, spec, trace_data
 
+EXCHANGES_BY_NAME = {"ours": LATTICE, "isolated": Isolated(), **EXCHANGES}
 STAGES = {"pretrain": BackbonePretraining, "cpt": ContinuedPretraining, "sft": SupervisedFinetuning}
 STEPS = 5
 GLOBAL_BATCH = 4
@@ -73,7 +75,7 @@ def strategy_of(name: str) -> Strategy | str:
 def module_of(stage: str, options: dict[str, Any]) -> LightningModule:
     """A tiny stage whose weights have one seed."""
     torch.manual_seed(1)
-    exchange = Isolated() if options.get("isolated") else LATTICE
+    exchange = EXCHANGES_BY_NAME[options.get("exchange", "ours")]
     model = spec(exchange, gradient_checkpointing=options.get("checkpointing", False))
     optimizer = OptimizerSpec(lr=0.01)
     if stage != "grpo":
@@ -119,7 +121,7 @@ def main(stage: str, strategy: str, folder: str, options: dict[str, Any]) -> Non
     log = Log()
     trainer = quiet_trainer(
         max_steps=options.get("steps", STEPS),
-        callbacks=[log, GateMonitor(num_batches=3)],
+        callbacks=[log, GateMonitor(num_batches=3), HealthMonitor()],
         strategy=strategy_of(strategy),
         devices=num_processes,
         gradient_clip_val=None if stage == "grpo" else 0.5,

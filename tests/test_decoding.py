@@ -325,6 +325,7 @@ def test_gates_read_while_decoding_are_those_of_one_full_forward_pass(case, at_o
         for batch in batches
     ]
     assert set(passes) == {1, 2} if at_once == 5 else {1}
+    assert reader._length == rollout.input_ids.shape[-1], "what it takes room for"
     if not readings:
         assert found == [None] * len(batches)
         return

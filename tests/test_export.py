@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from lace_lightning.exchange import ExchangeConfig, Isolated
 from lace_lightning.shards import frozen, split, write
 from lace_lightning.threaded_lm import ThreadedLM
 from lace_lightning.tracking import MLflowLogger
+from lace_lightning.whole_folder import whole_folder
 from tests.helpers import wake
 from tests.stage_helpers import LATTICE, NUM_THREADS, QWEN, UnevenDoors, spec
 
@@ -196,6 +198,16 @@ def test_a_folder_that_is_no_export_is_never_replaced(run: Run, capsys) -> None:
     assert main(["export", run.checkpoint, str(run.folder), "--overwrite"]) == 2
     assert "is no export" in capsys.readouterr().err
     assert sorted(path.name for path in run.folder.iterdir()) == ["checkpoints", "config.yaml"]
+
+
+def test_a_folder_that_a_killed_process_of_this_id_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    """In containers the first process always has the same id."""
+    left = tmp_path / f".out.{os.getpid()}.part"
+    left.mkdir()
+    (left / "half").touch()
+    with whole_folder(tmp_path / "out") as unfinished:
+        (unfinished / "whole").touch()
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["out", "out/whole"]
 
 
 def test_a_failure_in_the_middle_leaves_the_earlier_export_and_nothing_else(

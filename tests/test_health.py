@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from lace_lightning.callbacks import HealthMonitor, UnhealthyRun
+from lace_lightning.callbacks.health import _is_finite
 from lace_lightning.cli import stages
 from lace_lightning.decoding import Group
 from lace_lightning.modules import LatticeGRPO, SupervisedFinetuning, ThreadedModule
@@ -102,6 +103,12 @@ def test_a_skipped_step_leaves_weights_and_moments_as_they_were_bitwise(kind: st
         shared = poison.before[earlier].keys() & poison.before[later].keys()
         assert not all(torch.equal(poison.before[earlier][name], poison.before[later][name]) for name in shared)
     assert all(value.isfinite().all() for value in values(module).values())
+
+
+def test_a_process_without_a_row_of_a_weight_finds_its_gradient_finite() -> None:
+    """FSDP2 gives some processes nothing of a weight with fewer rows than there are processes."""
+    assert _is_finite([torch.empty(0, 3), torch.ones(2)]) and _is_finite([torch.empty(0)])
+    assert not _is_finite([torch.empty(0, 3), torch.tensor([torch.nan])])
 
 
 def test_a_warned_of_step_is_taken() -> None:
@@ -195,6 +202,17 @@ def test_a_reward_that_stays_constant_is_named_once_it_lasts() -> None:
     healthy = HealthMonitor(patience=2)
     rollouts(healthy)
     assert healthy.state_dict()["counts"]["constant_reward"] == 0
+
+
+def test_a_symptom_that_comes_and_goes_does_not_last() -> None:
+    class Turns(Words):
+        def __call__(self, groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]]) -> Tensor:
+            self.weight = 1.0 - self.weight
+            return super().__call__(groups, verdicts)
+
+    monitor = HealthMonitor(constant_reward="stop", patience=2)
+    rollouts(monitor, batches=5, rewards=[Turns()])
+    assert monitor.state_dict()["counts"]["constant_reward"] in (2, 3)
 
 
 def test_skipping_constant_rewards_takes_no_step_even_with_a_kl_term() -> None:

@@ -95,6 +95,17 @@ def test_what_a_killed_run_left_unfinished_is_removed_by_the_next_and_not_under_
     assert not left.exists() and own.exists()
 
 
+def test_a_checkpoint_in_shards_is_held_and_rid_of_what_a_killed_run_left(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    (left := folder / "last.ckpt" / "shards-1").mkdir(parents=True)
+    with held(folder), pytest.raises(FolderBusyError, match="init_from"):
+        OneRun().hold_known(quiet_trainer(), folder / "last.ckpt")
+    assert left.exists()
+    (one := OneRun()).hold_known(quiet_trainer(), folder / "last.ckpt")
+    one.on_exception(quiet_trainer(), TinyModel(), RuntimeError())
+    assert not left.exists()
+
+
 def test_a_folder_that_only_the_trainer_knows_is_held_too(tmp_path: Path) -> None:
     with held(tmp_path / "checkpoints"), pytest.raises(FolderBusyError, match="in use by process"):
         tiny_trainer(tmp_path, callbacks=[OneRun()]).fit(TinyModel())

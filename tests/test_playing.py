@@ -46,6 +46,23 @@ def test_groups_decoded_a_few_at_a_time_are_those_decoded_together(model, at_onc
     assert torch.equal(joined.finished, rollout.finished)
 
 
+def test_a_group_ends_at_its_own_limit_whatever_room_others_have(model):
+    """A longer prompt leaves fewer columns; a thread that would have ended behind them has not."""
+    lengths = [len(TASK.template.encode_prompt(p.text, TASK.tokenizer())) for p in PROBLEMS]
+    rooms = [max(lengths) - length for length in lengths]
+    assert len(set(rooms)) > 1
+    ends_late = False
+    for room in range(1, 9):
+        max_length = max(lengths) + room
+        together, rollout = play_groups(model, TASK, TASK.tokenizer(), PROBLEMS, range(5), DECODING, max_length)
+        for index, (problem, group) in enumerate(zip(PROBLEMS, together, strict=True)):
+            [alone], _ = play_groups(model, TASK, TASK.tokenizer(), [problem], [index], DECODING, max_length)
+            assert [t.token_ids for t in group.threads] == [t.token_ids for t in alone.threads]
+            assert [t.finished for t in group.threads] == [t.finished for t in alone.threads]
+            ends_late |= any(t.finished == "length" for t in group.threads)
+    assert ends_late
+
+
 def test_under_autocast_weights_of_its_dtype_decode_and_the_models_own_stay(model):
     halved = spec().build(TASK.tokenizer())
     halved.load_state_dict(model.state_dict())

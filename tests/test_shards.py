@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from lace_lightning.callbacks import StageCheckpoint
 from lace_lightning.checkpoint_io import AtomicCheckpointIO, BackgroundCheckpointIO
 from lace_lightning.checkpoints import CheckpointError, initialise, read_checkpoint
 from lace_lightning.modules import ContinuedPretraining, FullyShardedOnDisk, SupervisedFinetuning, ThreadedModule
-from lace_lightning.shards import META, frozen, is_sharded, split, write
+from lace_lightning.sharding import whole as whole_weights
+from lace_lightning.shards import META, frozen, is_sharded, remove_unfinished, split, write
 from lace_lightning.write_queue import WriteQueue
 from tests.stage_helpers import FAST, assert_same, quiet_trainer, spec, trace_data, values
 
@@ -37,6 +41,10 @@ def checkpoint_of(seed: int) -> dict[str, Any]:
     groups = [{"lr": 0.1, "params": ["b.weight", "a.weight"]}, {"lr": 0.2, "params": ["a.bias"]}]
     optimizers = [{"state": state, "param_groups": groups}]
     return {"state_dict": weights, "optimizer_states": optimizers, "global_step": seed, "loops": {"x": [1, None]}}
+
+
+def full_disk(*args: Any) -> None:
+    raise OSError(28, "No space left on device")
 
 
 def written(path: Path, seed: int = 7) -> dict[str, Any]:
@@ -68,6 +76,36 @@ def test_a_newer_checkpoint_takes_the_place_of_the_older_in_one_step(tmp_path: P
     written(path, 2)
     assert read_checkpoint(path)["global_step"] == 2
     assert sorted(file.name for file in path.iterdir()) == [META, "shards-2"]
+
+
+def test_a_file_takes_the_place_of_a_folder_of_shards_once_it_is_written(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "x.ckpt"
+    written(path)
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="No space left"):
+        broken.setattr(torch, "save", full_disk)
+        AtomicCheckpointIO().save_checkpoint({"step": 2}, path)
+    assert is_sharded(path)
+    AtomicCheckpointIO().save_checkpoint({"step": 2}, path)
+    assert list(tmp_path.iterdir()) == [path] and read_checkpoint(path) == {"step": 2}
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    whole, begun, other = (tmp_path / name for name in ("whole.ckpt", "begun.ckpt", "other.ckpt"))
+    saved = written(whole, 1)
+    tensors, rest = split(checkpoint_of(2))
+    for path in (whole, begun):
+        write(tensors, frozen(rest), path, "shards-2", None, is_first=False)
+        (path / f".{META}.123.part").touch()
+    (other / "notes").mkdir(parents=True)
+    (tmp_path / "begun.ckpt.before").write_bytes(b"earlier")
+    for path in (whole, begun, other):
+        remove_unfinished(path)
+    assert sorted(file.name for file in whole.iterdir()) == [META, "shards-1"]
+    assert_same(read_checkpoint(whole)["state_dict"], saved["state_dict"])
+    assert begun.read_bytes() == b"earlier" and (other / "notes").exists()
+    (whole / META).write_bytes(b"damaged")
+    remove_unfinished(whole)
+    assert (whole / "shards-1").exists(), "somebody may mend it"
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "empty meta", "flipped meta"])
@@ -112,7 +150,7 @@ def test_no_code_is_run_from_shards(tmp_path: Path, place: str) -> None:
     assert not sign.exists()
 
 
-@pytest.mark.parametrize("name", ["../other", "/etc"])
+@pytest.mark.parametrize("name", ["../other", "/etc", ".."])
 def test_shards_outside_of_the_checkpoint_are_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / "x.ckpt"
     written(path)
@@ -120,6 +158,18 @@ def test_shards_outside_of_the_checkpoint_are_refused(tmp_path: Path, name: str)
     meta["lace_shards"]["folder"] = name
     torch.save(meta, path / META)
     with pytest.raises(CheckpointError, match="outside of its folder"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["../other", "/etc/passwd", "..", 7])
+def test_a_file_of_shards_outside_of_the_checkpoint_is_refused(tmp_path: Path, name: Any) -> None:
+    path = tmp_path / "x.ckpt"
+    written(path)
+    meta = torch.load(path / META, weights_only=True)
+    offsets, sizes, _, *place = meta["lace_shards"]["tensors"]["state_dict/a.weight"]["chunks"][0]
+    meta["lace_shards"]["tensors"]["state_dict/a.weight"]["chunks"][0] = (offsets, sizes, name, *place)
+    torch.save(meta, path / META)
+    with pytest.raises(CheckpointError, match="foreign"):
         read_checkpoint(path)
 
 
@@ -166,16 +216,33 @@ def test_a_failed_write_keeps_the_old_checkpoint_and_is_raised(tmp_path: Path, m
     old = tmp_path / "old.ckpt"
     AtomicCheckpointIO().save_checkpoint({"step": 1}, old)
 
-    def full(*args: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(torch, "save", full_disk)
     plugin = BackgroundCheckpointIO()
     plugin.save_checkpoint({"step": 2}, tmp_path / "new.ckpt")
     plugin.remove_checkpoint(old)
     with pytest.raises(OSError, match="No space left"):
         plugin.teardown()
     assert list(tmp_path.iterdir()) == [old]
+
+
+def test_a_third_state_waits_until_the_first_is_on_the_disk(tmp_path: Path, monkeypatch) -> None:
+    goes_on = held_back(monkeypatch)
+    plugin = BackgroundCheckpointIO()
+    for step in range(2):
+        plugin.save_checkpoint({"step": step}, tmp_path / f"{step}.ckpt")
+    threading.Timer(0.2, goes_on.set).start()
+    plugin.save_checkpoint({"step": 2}, tmp_path / "2.ckpt")
+    assert goes_on.is_set() and (tmp_path / "0.ckpt").exists()
+    plugin.teardown()
+
+
+def test_when_training_has_ended_all_checkpoints_are_on_the_disk(tmp_path: Path, monkeypatch) -> None:
+    save, found, module = torch.save, [], stage()
+    monkeypatch.setattr(torch, "save", lambda *args, **kwargs: (time.sleep(0.2), save(*args, **kwargs)))
+    module.on_train_end = lambda: found.append(read_checkpoint(tmp_path / "last.ckpt")["global_step"])
+    saver = StageCheckpoint(tmp_path, every_n_train_steps=5, save_last=True)
+    quiet_trainer(2, [saver], enable_checkpointing=True, plugins=[BackgroundCheckpointIO()]).fit(module, trace_data())
+    assert found == [2]
 
 
 def test_at_most_two_states_wait_for_the_disk() -> None:
@@ -236,6 +303,40 @@ def test_a_sharded_checkpoint_of_another_model_is_refused_before_anything_change
     trainer = quiet_trainer(4, strategy=FullyShardedOnDisk(), devices=1)
     with pytest.raises(CheckpointError, match="intermediate_size|mlp"):
         trainer.fit(other, trace_data(), ckpt_path=tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_checkpoint_of_one_file_stays_until_the_shards_in_its_place_are_written(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lace_lightning.modules.fully_sharded_on_disk as on_disk
+
+    module, path = stage(), tmp_path / "interrupted.ckpt"
+    trainer = quiet_trainer(1, strategy=FullyShardedOnDisk(in_background=False), devices=1)
+    trainer.fit(module, trace_data())
+    path.write_bytes(b"earlier")
+    if fails:
+        monkeypatch.setattr(on_disk, "write", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            trainer.save_checkpoint(path, weights_only=False)
+        assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"earlier"]
+    else:
+        trainer.save_checkpoint(path, weights_only=False)
+        assert list(tmp_path.iterdir()) == [path] and read_checkpoint(path)["global_step"] == 1
+
+
+def test_an_interrupted_epoch_of_sampling_ends_without_a_traceback(tmp_path: Path, monkeypatch) -> None:
+    """When Python exits, the model's state goes before the epoch that nobody has left."""
+    module, told = stage(), []
+    fitted_on_disk(module, tmp_path, max_steps=1)
+    assert module.model is not None
+    epoch = whole_weights(module.model)
+    epoch.__enter__()
+    monkeypatch.setattr(FSDPModule, "reshard", lambda self: pytest.fail("it tried to divide the weights"))
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    del epoch
+    gc.collect()
+    assert not told
 
 
 def test_a_failed_write_of_shards_ends_the_run_and_leaves_the_last_whole_one(tmp_path: Path, monkeypatch) -> None:

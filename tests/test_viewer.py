@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lace_lightning.cli.main import main
@@ -54,6 +54,13 @@ def test_pieces_of_bytes_make_the_text_and_end_whole_characters(text):
         size = len(character.encode())
         assert pieces[at : at + size] == ("",) * (size - 1) + (character,)
         at += size
+
+
+@given(st.lists(st.sampled_from([*"é漢🙂a".encode(), 0xFF]), max_size=80))
+@example([0xFF] * 40)
+def test_pieces_of_bytes_that_are_no_text_make_what_they_are_spelled_as(ids):
+    """As an untrained model writes them."""
+    assert "".join(pieces_of(ids, utf8)) == utf8(ids)
 
 
 def test_pieces_of_words_keep_the_spaces_between_tokens():

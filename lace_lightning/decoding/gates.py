@@ -41,7 +41,7 @@ class GateReader:
             self._steps = PlainSteps(self._model, *self._prompt, self._num_threads)
         found, start = [], 0
         while start < tokens.shape[-1]:
-            columns = slice(start, start + self._columns_at_once())
+            columns = slice(start, min(start + self._columns_at_once(), tokens.shape[-1]))
             readings = self._steps.read(tokens[..., columns], written[..., columns])
             found += [torch.stack([reading.gate.float() for reading in readings]).mean(0)] if readings else []
             self._length += columns.stop - start

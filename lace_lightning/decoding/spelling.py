@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable
 _CONTEXT = 8
 """Tokens that are spelled before a token, for the spaces and characters that tokens share."""
 _STRIDE = 24
-"""Tokens after which the context starts anew."""
+"""Tokens after which the context starts anew, once nothing is held back."""
 _PARTIAL = "\ufffd"
 """How tokenizers spell a character of which only some bytes have come."""
 
 
 class Speller:
-    """Spells one thread token by token, in time that does not grow with its length.
+    """Spells one thread token by token, in time that grows only with runs of bytes that are no text.
 
     A character whose bytes are spread over several tokens stands at the last of them.
 
@@ -29,12 +29,10 @@ class Speller:
 
     def add(self, token: int) -> str:
         """The text that one more token adds to that of the tokens before it."""
-        if len(self._ids) == _STRIDE:
-            # What is still to come of a character is no part of the text so far.
-            pending = len(self._text) - len(self._told)
+        # Not in the midst of a character: its bytes would be torn apart.
+        if len(self._ids) >= _STRIDE and self._told == self._text:
             self._ids = self._ids[-_CONTEXT:]
-            text = self._spell(self._ids)
-            self._told = text[: len(text) - pending]
+            self._told = self._spell(self._ids)
         self._ids.append(token)
         self._text = self._spell(self._ids)
         return self._tell(self._text.rstrip(_PARTIAL))

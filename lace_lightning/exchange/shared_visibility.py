@@ -64,7 +64,7 @@ class SharedVisibility(Exchange):
         super().__init__()
         self.config = config
         factory: dict[str, Any] = {"dtype": geometry.dtype, "device": geometry.device}
-        self.gate = nn.Parameter(torch.zeros((), **factory)) if config.gated else None
+        self.gate = nn.Parameter(torch.zeros(1, **factory)) if config.gated else None  # FSDP2 divides no scalars
 
     def forward(self, hidden: Tensor, lattice: Lattice, layer_idx: int, own: OwnAttention | None = None) -> Tensor:
         assert own is not None  # the backbone sees to it
