@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
@@ -51,6 +52,7 @@ class GracefulStop(Callback):
         self._module: LightningModule | None = None
         self._place: dict[str, Any] | None = None  # what the last batch would have saved of the loops
         self._is_rewinding = False
+        self._shared_batches = 0.0  # evaluation batches that every process has
 
     # Lightning sets its own SIGTERM handler after `setup` and `on_fit_start`, and raises from it without a checkpoint:
     # these are the first hooks after that.
@@ -69,14 +71,17 @@ class GracefulStop(Callback):
         if self._saved is not None:
             self._save(trainer, in_validation=True)
             self._exit(trainer)
+        self._count_batches(trainer, trainer._evaluation_loop.max_batches)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals."""
         self._install(pl_module)
+        self._count_batches(trainer, trainer._evaluation_loop.max_batches)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals."""
         self._install(pl_module)
+        self._count_batches(trainer, trainer.predict_loop.max_batches)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Save if a signal came. The process ends at the next hook, when the batch's metrics have been logged."""
@@ -95,9 +100,11 @@ class GracefulStop(Callback):
         if self._saved is not None:
             self._exit(trainer)
 
-    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
         """Save if this validation is part of a fit, and end."""
-        if self._is_stopping(trainer):
+        if batch_idx < self._shared_batches and self._is_stopping(trainer):
             if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
                 self._save(trainer, in_validation=True)
             self._exit(trainer)
@@ -108,14 +115,18 @@ class GracefulStop(Callback):
             total = _validation_progress(trainer).total
             total.processed = total.completed = total.ready
 
-    def on_test_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
         """End."""
-        if self._is_stopping(trainer):
+        if batch_idx < self._shared_batches and self._is_stopping(trainer):
             self._exit(trainer)
 
-    def on_predict_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
         """End."""
-        if self._is_stopping(trainer):
+        if batch_idx < self._shared_batches and self._is_stopping(trainer):
             self._exit(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -182,6 +193,11 @@ class GracefulStop(Callback):
     def _is_stopping(self, trainer: Trainer) -> bool:
         """Whether any process got a signal; a collective, so that all of them stop at the same batch."""
         return trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
+
+    def _count_batches(self, trainer: Trainer, own: Sequence[float]) -> None:
+        """Note how often all processes can be asked: some have a batch more, and nobody would answer them after it."""
+        num_batches = torch.tensor(float(min(own)), device=trainer.strategy.root_device)
+        self._shared_batches = float(trainer.strategy.reduce(num_batches, reduce_op="min"))  # type: ignore[arg-type]
 
     def _save(self, trainer: Trainer, in_validation: bool) -> None:
         path = checkpoint_folder(trainer) / "interrupted.ckpt"

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
-from lace_lightning.callbacks import GateMonitor, HealthMonitor
+from lace_lightning.callbacks import GateMonitor, GracefulStop, HealthMonitor
 from lace_lightning.exchange import Isolated
 from lace_lightning.lattice import Lattice
 from lace_lightning.modules import (
@@ -121,7 +121,7 @@ def main(stage: str, strategy: str, folder: str, options: dict[str, Any]) -> Non
     log = Log()
     trainer = quiet_trainer(
         max_steps=options.get("steps", STEPS),
-        callbacks=[log, GateMonitor(num_batches=3), HealthMonitor()],
+        callbacks=[log, GateMonitor(num_batches=3), HealthMonitor(), GracefulStop()],
         strategy=strategy_of(strategy),
         devices=num_processes,
         gradient_clip_val=None if stage == "grpo" else 0.5,
