@@ -5,25 +5,34 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
 from io import StringIO
 from itertools import product
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pytest
+from mlflow.tracking import MlflowClient
 from rich.console import Console
 
 from lace_lightning.cli.shipped import SHIPPED
+from lace_lightning.evaluation.store import Store as EvaluationStore
 from lace_lightning.evaluation.store import StoreError
 from lace_lightning.sweep import runner as runner_module
+from lace_lightning.sweep import study as study_module
 from lace_lightning.sweep.figure import figure, kind_of
+from lace_lightning.sweep.outcome import OUTCOMES, measure, value_of
 from lace_lightning.sweep.plan import PlannedStage, data_of, difference, plan
-from lace_lightning.sweep.points import planned_points
+from lace_lightning.sweep.points import _draw, planned_points
 from lace_lightning.sweep.process import CommandFailed, Room, Stopped
 from lace_lightning.sweep.reading import read_sweep
 from lace_lightning.sweep.report import as_csv, markdown, table
@@ -43,6 +52,7 @@ from lace_lightning.sweep.study import Ledger
 from lace_lightning.sweep.table import Measured, Result, compare, crossed, measured_rows, over_seeds, sign_flip
 from lace_lightning.sweep.units import Unit
 from lace_lightning.tracking.note import NOTE
+from tests.viewer_helpers import outcome, passage
 
 
 def make_sweep(tmp_path, **changes) -> SweepSpec:
@@ -76,6 +86,12 @@ def test_a_grid_is_the_product_and_random_draws_stay_in_their_ranges(tmp_path):
     assert drawn == planned_points(sweep)
     assert all(1e-4 <= point.values["lr"] <= 1e-1 and point.values["n"] in (2, 3, 4, 5) for point in drawn)
     assert 0.2 < np.mean([point.values["lr"] < 10**-2.5 for point in drawn]) < 0.8  # even on a logarithmic scale
+
+
+def test_random_whole_numbers_are_drawn_alike_also_at_the_ends_of_their_range(tmp_path):
+    axis, generator = Axis(key="x", range=[1, 3], integer=True), random.Random(0)
+    drawn = Counter(_draw(axis, generator) for _ in range(3000))
+    assert set(drawn) == {1, 2, 3} and all(900 < count < 1100 for count in drawn.values())
 
 
 def test_stages_with_equal_settings_seed_and_data_are_one_and_others_are_not(tmp_path):
@@ -265,6 +281,16 @@ def test_storage_that_cannot_be_used_is_named_without_its_password(tmp_path):
     assert "secret" not in str(caught.value)
 
 
+def test_another_search_in_a_storage_is_named_without_its_password(tmp_path, monkeypatch):
+    class Memory:
+        alone, optuna = nullcontext, optuna.storages.InMemoryStorage()
+
+    monkeypatch.setattr(study_module, "Storage", lambda *_: Memory)
+    Ledger("postgresql://me:secret@host/db", "s", "maximize", search="acc")
+    with pytest.raises(SweepError, match="s in postgresql://host/db is another search"):
+        Ledger("postgresql://me:secret@host/db", "s", "maximize", search="fmt")
+
+
 # ---------------------------------------------------------------- whole sweeps, with quick commands
 
 
@@ -339,9 +365,57 @@ def test_a_metric_without_any_number_fails_its_trial_and_a_damaged_evaluation_to
     assert set(told["means"].values()) == {1.0}
 
 
-def test_the_parent_run_says_what_it_is_how_to_repeat_it_and_how_it_went(tmp_path, ran):
-    from mlflow.tracking import MlflowClient
+def test_rows_with_equal_settings_share_a_trial_and_are_both_in_the_table(tmp_path, ran):
+    rows = {"base": Change(), "same": Change(set={"data.init_args.jitter": 0})}
+    sweep = make_sweep(tmp_path, search="list", axes={}, rows=rows, columns=[])
+    runner = Runner(sweep, RunOptions("quick.yaml"), tell=lambda _: None)
+    ran[1]["values"] = {trial.folder: 0 for trial in runner.trials.values()}
+    result = runner.run()
+    assert [row.measured.label for row in result.rows] == ["base", "same"] and result.num_open == 0
+    assert result.rows[1].difference.value == 0 and len(ran[0]) == 2 * 3  # of two seeds: backbone, sft, evaluation
+    assert runner.outcomes_of("same") == runner.outcomes_of("base")
 
+
+def test_another_benchmark_or_column_is_measured_from_what_was_evaluated(tmp_path, ran, monkeypatch):
+    def measure(sweep, folder):
+        values = {name: [1.0 if sweep.benchmark else 0.0] for name in ["acc", *sweep.columns]}
+        return {"lace": {"problems": [0], "values": values}}
+
+    monkeypatch.setattr(runner_module, "measure", measure)
+    start(make_sweep(tmp_path, columns=[]), ran).run()
+    ran[0].clear()
+    result = start(make_sweep(tmp_path, columns=["fmt"], benchmark="doors"), ran).run()
+    assert [(row.metric.value, row.columns["fmt"]) for row in result.rows] == [(1.0, 1.0)] * 2 and not ran[0]
+
+
+def test_nothing_is_compared_with_another_row_while_the_base_has_no_result(tmp_path, ran):
+    axes = {"jitter": Axis(key="data.init_args.jitter", values=[0, 1, 2])}
+    sweep = make_sweep(tmp_path, axes=axes, seeds=[0], columns=[], tracking=Tracking(uri=f"sqlite:///{tmp_path}/ml.db"))
+    runner = start(sweep, ran)
+    ran[1]["failing"] = {[*runner.trials.values()][0].folder}
+    result = runner.run()
+    assert [row.measured.label for row in result.rows] == ["jitter=1", "jitter=2"]
+    assert np.isnan([row.difference.value for row in result.rows]).all()
+    assert "| base |" not in markdown(result) and "nan" not in markdown(result)
+    note = MlflowClient(sweep.tracking.uri).get_run(runner.parent).data.tags[NOTE]
+    assert "Best acc: jitter=2, 1.250. " in f"{note} "
+
+
+def test_methods_and_benchmarks_come_in_the_order_of_the_evaluation(tmp_path):
+    records = [
+        replace(outcome(passage(0, ["x"])), benchmark=benchmark, method=method, statistics={"acc": acc})
+        for benchmark, method, acc in [("b", "second", 0.0), ("a", "second", 0.25), ("a", "first", 1.0)]
+    ]
+    display = {"reference": "first", "methods": ["first", "second"], "benchmarks": ["a", "b"]}
+    with EvaluationStore(tmp_path / OUTCOMES, {"methods": {}}, display) as store:
+        store.add(records)
+    sweep = make_sweep(tmp_path, columns=[])
+    found = measure(sweep, tmp_path)
+    assert [*found] == ["first", "second"] and value_of(sweep, [found]) == 1.0
+    assert [*measure(replace(sweep, benchmark="b"), tmp_path)] == ["second"]
+
+
+def test_the_parent_run_says_what_it_is_how_to_repeat_it_and_how_it_went(tmp_path, ran):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     sweep = make_sweep(tmp_path, columns=[], description="Jitter helps.", tracking=Tracking(uri=uri))
     commands, state = ran
@@ -395,8 +469,9 @@ def test_tpe_suggests_as_many_trials_as_the_limit_and_each_runs_all_seeds(tmp_pa
     result = Runner(sweep, RunOptions("quick.yaml"), tell=lambda _: None).run()
     assert result.num_open == 0 and all(len(row.measured.by_seed) == 2 for row in result.rows)
     assert len(Runner(sweep, RunOptions("quick.yaml")).ledger.states()) == 4
-    with pytest.raises(SweepError, match="another search"):
-        Runner(make_sweep(tmp_path, search="tpe", axes=axes, seeds=[5]), RunOptions("quick.yaml"))
+    for change in ({"seeds": [5]}, {"direction": "minimize"}, {"method": "vote"}, {"applies_to": []}):
+        with pytest.raises(SweepError, match="another search"):
+            Runner(make_sweep(tmp_path, **{"search": "tpe", "axes": axes, "columns": [], **change}), RunOptions("q"))
 
 
 # ---------------------------------------------------------------- statistics
@@ -435,7 +510,7 @@ def test_methods_of_a_single_row_are_compared_with_the_base_method_also_if_the_b
     sweep = make_sweep(
         tmp_path, columns=[], search="list", axes={}, rows={"a: b": Change()}, base="a: b", method="vote"
     )
-    rows = compare(sweep, measured_rows({"a: b": {}}, {"a: b": {0: {"lace": numbers, "vote": numbers}}}))
+    rows = compare(sweep, measured_rows({"a: b": {}}, {"a: b": {0: {"lace": numbers, "vote": numbers}}}), "a: b")
     assert [row.measured.label for row in rows] == ["lace", "vote"]
     assert rows[0].difference.value == 0.0 and rows[1].difference is None
 

@@ -94,8 +94,9 @@ def _result(result: Result) -> str:
         return told
     pick = max if result.sweep.direction == "maximize" else min
     best = pick(known, key=lambda row: row.metric.value)
-    gap = "" if best.difference is None else f" ({best.difference.value:+.3f} to the base)"
-    return f"{told} Best {result.sweep.metric}: {best.measured.label}, {best.metric.value:.3f}{gap}."
+    gap = math.nan if best.difference is None else best.difference.value
+    told_gap = f" ({gap:+.3f} to the base)" if math.isfinite(gap) else ""
+    return f"{told} Best {result.sweep.metric}: {best.measured.label}, {best.metric.value:.3f}{told_gap}."
 
 
 def _key(label: str) -> str:
