@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
         ("postgresql://me:hu/sh@host/db", "postgresql://host/db"),
         ("see https://hush@host/x, please", "see https://host/x, please"),
         ("http://host/db?user=a&password=hush&b=1", f"http://host/db?user=a&password={HIDDEN}&b=1"),
+        ("postgresql://host/db?sslpassword=hush", f"postgresql://host/db?sslpassword={HIDDEN}"),
         ("https://host/x?X-Amz-Signature=hush", f"https://host/x?X-Amz-Signature={HIDDEN}"),
         ("http://host:5000/a@b", "http://host:5000/a@b"),
         ("mail a@b.c about http://host/x?page=2", "mail a@b.c about http://host/x?page=2"),
@@ -73,6 +74,12 @@ def test_a_secret_of_the_environment_is_hidden_in_every_spelling(monkeypatch):
         "uri/secret",
     ):
         assert hide_known(f"<{spelled}>") == f"<{HIDDEN}>"
+
+
+@pytest.mark.parametrize("name", ["PGPASSWORD", "MY_DB_PASSWD", "SOMEAPIKEY", "AWS_CREDENTIALS", "HF_TOKEN", "KEYS"])
+def test_a_secret_is_known_by_what_its_variables_name_ends_in(name, monkeypatch):
+    monkeypatch.setenv(name, "hushhush")
+    assert redact_text("it was hushhush") == f"it was {HIDDEN}"
 
 
 def test_short_values_and_parts_of_words_are_no_secrets(monkeypatch):
