@@ -440,6 +440,15 @@ def test_the_parent_run_says_what_it_is_how_to_repeat_it_and_how_it_went(tmp_pat
     assert files == {"report.md", "report.csv", "report.json", "report.png", "sweep.yaml"}
 
 
+def test_a_store_that_is_away_at_the_end_takes_no_table_with_it(tmp_path, ran):
+    told = []
+    sweep = make_sweep(tmp_path, columns=[], tracking=Tracking(uri=f"sqlite:///{tmp_path}/mlflow.db"))
+    runner = start(sweep, ran)
+    runner.tell, runner.parent = told.append, "0" * 32  # MLflow does not know such a run
+    assert [row.metric.value for row in runner.run().rows] == [0.25, 0.75]
+    assert "not in MLflow; the same command sends it again." in told[-1] and "not found" in told[-1]
+
+
 def test_the_end_of_the_time_is_told_once(tmp_path, ran, monkeypatch):
     told = []
     sweep = make_sweep(tmp_path, columns=[], limits=Limits(total_minutes=1e-3))

@@ -24,6 +24,7 @@ from lace_lightning.sweep.study import PARENT, Ledger
 from lace_lightning.sweep.table import Result
 from lace_lightning.sweep.tracking import environment_of, log_result, open_parent
 from lace_lightning.sweep.units import Claim, Unit
+from lace_lightning.tracking import TrackingError
 
 WAIT_SECONDS = 2.0
 """Between looks at the study while only others work."""
@@ -104,7 +105,12 @@ class Runner:
         result = result_of(self.sweep, self.ledger, self.units)
         write(result, self.folder)
         if self.parent is not None and self.sweep.tracking is not None:
-            log_result(self.sweep.tracking, self.parent, result, self.folder, self.options.source)
+            try:
+                log_result(self.sweep.tracking, self.parent, result, self.folder, self.options.source)
+            except TrackingError as error:
+                self.tell(
+                    f"The report is in {self.folder}, and not in MLflow; the same command sends it again. {error}"
+                )
         return result
 
     def outcomes_of(self, label: str) -> Path | None:
