@@ -161,6 +161,12 @@ def test_keys_among_the_fields_that_are_stored_with_the_data_are_refused(extra):
     assert "hush" not in str(refusal.value)
 
 
+def test_fields_without_a_secret_are_taken_whatever_their_keys_are():
+    """YAML has numbers as keys and lists; Python has tuples."""
+    options = {"logit_bias": {50256: -100}, "stop": ("a", "b"), "chat_template_kwargs": {"x": False}}
+    assert OpenAIChat("m", "http://127.0.0.1:1/v1", extra=options).extra == options
+
+
 def test_the_pages_of_a_store_are_named_without_its_password(capsys):
     assert main(["ui", "--backend-store", "http://me:hush@127.0.0.1:5000"]) == 0
     assert "hush" not in capsys.readouterr().out
