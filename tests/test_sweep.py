@@ -21,12 +21,14 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
+import yaml
 from mlflow.tracking import MlflowClient
 from rich.console import Console
 
 from lace_lightning.cli.shipped import SHIPPED
 from lace_lightning.evaluation.store import Store as EvaluationStore
 from lace_lightning.evaluation.store import StoreError
+from lace_lightning.sweep import process as process_module
 from lace_lightning.sweep import runner as runner_module
 from lace_lightning.sweep import study as study_module
 from lace_lightning.sweep.figure import figure, kind_of
@@ -72,6 +74,9 @@ def make_sweep(tmp_path, **changes) -> SweepSpec:
     return SweepSpec(**{**base, **changes})
 
 
+JITTER = Axis(key="data.init_args.jitter", values=[0])
+
+
 # ---------------------------------------------------------------- plans
 
 
@@ -105,6 +110,22 @@ def test_stages_with_equal_settings_seed_and_data_are_one_and_others_are_not(tmp
         data.write_text(content)
         digests.append(plan(make_sweep(tmp_path, stages={"sft": sft}))[0].stages[0].digest)
     assert digests[0] == digests[2] != digests[1]
+
+
+def test_a_stage_is_another_one_after_another_stage_and_the_same_with_other_workers(tmp_path):
+    def digests(backbone=(), sft=()):
+        stages = dict(make_sweep(tmp_path).stages)
+        stages |= {
+            name: replace(stages[name], set=dict(own)) for name, own in {"backbone": backbone, "sft": sft}.items()
+        }
+        (trial,) = plan(make_sweep(tmp_path, stages=stages, axes={"x": JITTER}, seeds=[7]))
+        assert trial.evaluation["seeds"] == [7]
+        return [stage.digest for stage in trial.stages]
+
+    before = digests()
+    assert digests(sft={"data.init_args.num_workers": 3, "trainer.enable_progress_bar": False}.items()) == before
+    other = digests(backbone={"trainer.max_steps": 7}.items())
+    assert other[0] != before[0] and other[1] != before[1]
 
 
 def test_the_digest_of_a_folder_is_of_what_its_files_hold(tmp_path, monkeypatch):
@@ -156,6 +177,38 @@ def test_a_file_that_extends_itself_is_named(tmp_path):
 
 def a_stage(digest="a" * 40):
     return PlannedStage("sft", {}, (), digest)
+
+
+def test_a_chain_hands_on_weights_goes_on_where_it_was_cut_off_and_begins_anew_after_a_failure(tmp_path, monkeypatch):
+    calls, ending = [], {}
+
+    def run(room, arguments, log):
+        calls.append((log.parent.name.partition("-")[0], arguments[2:]))
+        if arguments[0] == "fit":
+            (log.parent / "checkpoints").mkdir(exist_ok=True)
+            (log.parent / "checkpoints" / "last.ckpt").touch()
+        if calls[-1][0] in ending:
+            raise ending.pop(calls[-1][0])
+
+    monkeypatch.setattr(Room, "run", run)
+    stages = dict(make_sweep(tmp_path).stages)
+    stages["more"] = StageSpec(stages["sft"].configs, after=["backbone", "sft"])
+    (trial,) = plan(make_sweep(tmp_path, stages=stages, axes={"x": JITTER}, seeds=[0]))
+    store = Store(tmp_path, Room(), tell=lambda _: None)
+    ending |= {"sft": Stopped("sft"), "more": CommandFailed("more")}
+    for error in (Stopped, CommandFailed):
+        with pytest.raises(error):
+            store.run(trial)
+    folder = store.run(trial)
+    backbone, sft, more = (str(tmp_path / stage.folder / "checkpoints" / "last.ckpt") for stage in trial.stages)
+    resumed = [f"--ckpt_path={sft}"]
+    assert calls == [
+        ("backbone", []), ("sft", []), ("sft", resumed), ("more", []), ("more", []), ("eval", []),
+    ]  # fmt: skip
+    settings = yaml.safe_load((tmp_path / trial.stages[2].folder / "stage.yaml").read_text())
+    assert settings["model"]["init_args"]["init_from"] == [backbone, backbone, sft]
+    settings = yaml.safe_load((folder / "evaluation.yaml").read_text())
+    assert settings["policies"]["trained"]["init_from"] == [backbone, sft, more]
 
 
 def test_two_workers_that_want_one_stage_train_it_once(tmp_path):
@@ -216,6 +269,18 @@ def test_a_command_that_fails_hangs_or_is_stopped_is_told_apart(tmp_path):
         room.run(["demo"], log)
 
 
+def test_a_command_may_save_before_it_ends_and_is_killed_if_it_does_not_end(monkeypatch):
+    monkeypatch.setattr(process_module, "GRACE_SECONDS", 1.0)
+    for handler, code in [("sys.exit(7)", 7), ("None", -signal.SIGKILL)]:
+        program = f"import signal,sys,time;signal.signal(15,lambda *_:{handler});print(1,flush=True);time.sleep(9)"
+        process = subprocess.Popen(
+            [sys.executable, "-c", program + ";time.sleep(9)"], stdout=subprocess.PIPE, start_new_session=True
+        )
+        process.stdout.readline()
+        process_module._end(process)
+        assert process.returncode == code
+
+
 def test_the_reason_of_a_failure_is_from_this_attempt(tmp_path):
     log = tmp_path / "log"
     log.write_text("MemoryError: of the attempt before\n")
@@ -259,6 +324,16 @@ def test_finished_trials_stay_failed_ones_wait_for_a_retry_and_lost_ones_go_on(t
     assert {key: state for key, (state, _) in again.states().items()} == {
         "0": "finished", "1": "finished", "2": "running",
     }  # fmt: skip
+
+
+def test_a_trial_gives_signs_of_life_while_it_runs(tmp_path, monkeypatch):
+    ledger = Ledger(f"sqlite:///{tmp_path}/study.db", "s", "maximize", heartbeat=1)
+    claim = ledger.claim([Unit("0", "row", (0,))])
+    signs = []
+    monkeypatch.setattr(ledger._storage, "record_heartbeat", signs.append)
+    with ledger.alive(claim):
+        time.sleep(1.5)
+    assert signs == [claim.trial_id]
 
 
 def test_the_trial_of_a_process_that_died_here_is_free_at_once(tmp_path):
@@ -452,9 +527,16 @@ def test_a_store_that_is_away_at_the_end_takes_no_table_with_it(tmp_path, ran):
 def test_the_end_of_the_time_is_told_once(tmp_path, ran, monkeypatch):
     told = []
     sweep = make_sweep(tmp_path, columns=[], limits=Limits(total_minutes=1e-3))
-    monkeypatch.setattr(Room, "run", lambda room, arguments, log: room.stop.wait(5) and time.sleep(0.5))
+
+    def run(room, arguments, log):
+        room.stop.wait(5)
+        time.sleep(0.5)
+        room.check("lace fit")
+
+    monkeypatch.setattr(Room, "run", run)
     runner = Runner(sweep, RunOptions("quick.yaml"), tell=told.append)
-    assert runner.run().num_open
+    result = runner.run()
+    assert result.num_open == 4 and not result.failures  # what was cut off goes on with the next call
     assert sum("total_minutes" in line for line in told) == 1
 
 
