@@ -206,7 +206,7 @@ def test_a_chain_hands_on_weights_goes_on_where_it_was_cut_off_and_begins_anew_a
         ("backbone", []), ("sft", []), ("sft", resumed), ("more", []), ("more", []), ("eval", []),
     ]  # fmt: skip
     settings = yaml.safe_load((tmp_path / trial.stages[2].folder / "stage.yaml").read_text())
-    assert settings["model"]["init_args"]["init_from"] == [backbone, backbone, sft]
+    assert settings["model"]["init_args"]["init_from"] == [backbone, sft]
     settings = yaml.safe_load((folder / "evaluation.yaml").read_text())
     assert settings["policies"]["trained"]["init_from"] == [backbone, sft, more]
 
