@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from mlflow.tracking import MlflowClient
 
 from lace_lightning.cli.eval_config import merge, parse, read_settings
 from lace_lightning.cli.main import main
@@ -23,11 +24,12 @@ from lace_lightning.evaluation.inspection import Inspection
 from lace_lightning.evaluation.judged_json import from_json, to_json
 from lace_lightning.evaluation.parquet import write_parquet
 from lace_lightning.evaluation.runner import Job, Runner
+from lace_lightning.evaluation.spec import TrackingSpec
 from lace_lightning.evaluation.statistics import with_statistics
 from lace_lightning.evaluation.store import Store, StoreError, read_failures, read_outcomes
 from lace_lightning.evaluation.summary import summarise_folder
 from lace_lightning.tasks import Verdict
-from lace_lightning.tracking.outcome_traces import chosen_for_traces
+from lace_lightning.tracking.outcome_traces import chosen_for_traces, log_evaluation
 from lace_lightning.viewer.folder import write_viewer
 from tests.eval_helpers import Guessing, Solo, judged, problem
 from tests.viewer_helpers import four, island
@@ -391,3 +393,14 @@ def test_a_tracked_evaluation_has_tables_and_a_trace_per_group_that_tags_find(tm
         assert [span.get_attribute("tokens") for span in spans] == [p.passage.thread.num_tokens for p in one.passages]
         assert [span.get_attribute("chosen") for span in spans] == [True, False]
         assert spans[0].get_attribute("gate_mean") == pytest.approx(one.passages[0].mean_gate)
+
+
+def test_an_evaluation_whose_logging_breaks_off_is_a_failed_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(tmp_path, Guessing())
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with pytest.raises(FileNotFoundError):  # nobody has made the viewer's page
+        log_evaluation(tmp_path, summarise_folder(tmp_path), TrackingSpec("toy", uri=uri), {})
+    client = MlflowClient(uri)
+    (found,) = client.search_runs([client.get_experiment_by_name("toy").experiment_id])
+    assert found.info.status == "FAILED" and "FileNotFoundError" in found.data.tags["mlflow.note.content"]
