@@ -257,7 +257,8 @@ def test_the_lock_of_a_killed_holder_is_taken_over(tmp_path):
     assert len(done) == 1
 
 
-def test_a_command_that_fails_hangs_or_is_stopped_is_told_apart(tmp_path):
+def test_a_command_that_fails_hangs_or_is_stopped_is_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the demo writes there
     log = tmp_path / "log"
     with pytest.raises(CommandFailed, match="lace nonsense ended with code 2"):
         Room().run(["nonsense"], log)
