@@ -31,6 +31,7 @@ from lace_lightning.evaluation.store import StoreError
 from lace_lightning.sweep import process as process_module
 from lace_lightning.sweep import runner as runner_module
 from lace_lightning.sweep import study as study_module
+from lace_lightning.sweep import worker as worker_module
 from lace_lightning.sweep.figure import figure, kind_of
 from lace_lightning.sweep.outcome import OUTCOMES, measure, value_of
 from lace_lightning.sweep.plan import PlannedStage, data_of, difference, plan
@@ -53,6 +54,7 @@ from lace_lightning.sweep.store import Store
 from lace_lightning.sweep.study import Ledger
 from lace_lightning.sweep.table import Measured, Result, compare, crossed, measured_rows, over_seeds, sign_flip
 from lace_lightning.sweep.units import Unit
+from lace_lightning.sweep.worker import is_dead, this_worker
 from lace_lightning.tracking.note import NOTE
 from tests.viewer_helpers import outcome, passage
 
@@ -346,6 +348,15 @@ Ledger({url!r}, "s", "maximize").claim([Unit("0", "row", (0,))])
 """
     subprocess.run([sys.executable, "-c", program], check=True)
     assert Ledger(url, "s", "maximize").claim([Unit("0", "row", (0,))]) is not None
+
+
+def test_nothing_is_known_of_processes_of_another_machine_of_the_same_name(tmp_path, monkeypatch):
+    program = "import json;from lace_lightning.sweep.worker import this_worker as w;print(json.dumps(w()))"
+    ended = json.loads(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout)
+    assert is_dead(ended) and not is_dead(this_worker())
+    (tmp_path / "boot").write_text("another\n")
+    monkeypatch.setattr(worker_module, "_BOOT", tmp_path / "boot")
+    assert not is_dead(ended)
 
 
 def test_storage_that_cannot_be_used_is_named_without_its_password(tmp_path):
