@@ -92,7 +92,7 @@ one_seed() {
 }
 
 mkdir -p "$out"
-gpus=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, || true)}
+gpus=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, || true)}
 IFS=, read -ra gpus <<<"$gpus"
 running=()
 for index in "${!seeds[@]}"; do                   # seeds share out the GPUs

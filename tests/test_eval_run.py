@@ -14,22 +14,25 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from mlflow.tracking import MlflowClient
 
 from lace_lightning.cli.eval_config import merge, parse, read_settings
 from lace_lightning.cli.main import main
 from lace_lightning.decoding import group_seed
 from lace_lightning.embedding import NgramEmbedder
 from lace_lightning.evaluation.inspection import Inspection
-from lace_lightning.evaluation.judged import from_json, to_json
+from lace_lightning.evaluation.judged_json import from_json, to_json
 from lace_lightning.evaluation.parquet import write_parquet
 from lace_lightning.evaluation.runner import Job, Runner
+from lace_lightning.evaluation.spec import TrackingSpec
 from lace_lightning.evaluation.statistics import with_statistics
 from lace_lightning.evaluation.store import Store, StoreError, read_failures, read_outcomes
 from lace_lightning.evaluation.summary import summarise_folder
 from lace_lightning.tasks import Verdict
-from lace_lightning.tracking.outcome_traces import chosen_for_traces
+from lace_lightning.tracking.outcome_traces import chosen_for_traces, log_evaluation
+from lace_lightning.viewer.folder import write_viewer
 from tests.eval_helpers import Guessing, Solo, judged, problem
-from tests.viewer_helpers import island
+from tests.viewer_helpers import four, island
 
 PROBLEMS = [problem(number) for number in range(10)]
 MEANINGS = {"policies": {"any": {"size": 1}}, "methods": {"solo": {}}, "benchmarks": {"toy": {}}}
@@ -68,6 +71,32 @@ def test_an_outcome_reads_back_as_it_was_written():
     (one,) = with_statistics([one], NgramEmbedder())
     assert from_json(json.loads(json.dumps(to_json(one)))) == one
     assert one.passages[0].mean_gate == pytest.approx(0.875 / 3) and one.passages[1].mean_gate is None
+
+
+WRONG_TYPES = {
+    "a method that is a number": lambda row: row.update(method=3),
+    "a choice beyond the passages": lambda row: row.update(chosen=99),
+    "a problem without a text": lambda row: row["problem"].update(text=None),
+    "a text for a number": lambda row: row.update(statistics={"acc": "1"}),
+    "an answer that is a number": lambda row: row["passages"][0].update(answer=5),
+    "a text for token ids": lambda row: row["passages"][0].update(token_ids="abc"),
+    "a segment that there is not": lambda row: row["passages"][0]["inspection"].update(segments="z" * 9),
+    "fewer gates than tokens": lambda row: row["passages"][0]["inspection"].update(gates=[0.5]),
+    "a thread below 0": lambda row: row["passages"][0]["inspection"].update(reads=[[[-5, 0, 1.0]]] * 9),
+    "a read that is none": lambda row: row["passages"][0]["inspection"].update(reads=[[["a", 0, 1]]] * 9),
+}
+
+
+@pytest.mark.parametrize("change", WRONG_TYPES.values(), ids=WRONG_TYPES)
+def test_an_outcome_of_other_types_is_named_before_anything_is_made_of_it(change, tmp_path):
+    with Store(tmp_path, MEANINGS, DISPLAY) as store:
+        store.add([four()])
+    assert [one.key for one in read_outcomes(tmp_path)] == [four().key]
+    row = json.loads((tmp_path / "outcomes.jsonl").read_bytes())
+    change(row)
+    (tmp_path / "outcomes.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(StoreError, match=r"outcomes\.jsonl:1 is not of .*remove the line"):
+        write_viewer(tmp_path)
 
 
 def test_parquet_holds_every_outcome(tmp_path):
@@ -364,3 +393,14 @@ def test_a_tracked_evaluation_has_tables_and_a_trace_per_group_that_tags_find(tm
         assert [span.get_attribute("tokens") for span in spans] == [p.passage.thread.num_tokens for p in one.passages]
         assert [span.get_attribute("chosen") for span in spans] == [True, False]
         assert spans[0].get_attribute("gate_mean") == pytest.approx(one.passages[0].mean_gate)
+
+
+def test_an_evaluation_whose_logging_breaks_off_is_a_failed_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(tmp_path, Guessing())
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with pytest.raises(FileNotFoundError):  # nobody has made the viewer's page
+        log_evaluation(tmp_path, summarise_folder(tmp_path), TrackingSpec("toy", uri=uri), {})
+    client = MlflowClient(uri)
+    (found,) = client.search_runs([client.get_experiment_by_name("toy").experiment_id])
+    assert found.info.status == "FAILED" and "FileNotFoundError" in found.data.tags["mlflow.note.content"]

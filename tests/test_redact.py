@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
         ("postgresql://me:hu/sh@host/db", "postgresql://host/db"),
         ("see https://hush@host/x, please", "see https://host/x, please"),
         ("http://host/db?user=a&password=hush&b=1", f"http://host/db?user=a&password={HIDDEN}&b=1"),
+        ("postgresql://host/db?sslpassword=hush", f"postgresql://host/db?sslpassword={HIDDEN}"),
         ("https://host/x?X-Amz-Signature=hush", f"https://host/x?X-Amz-Signature={HIDDEN}"),
         ("http://host:5000/a@b", "http://host:5000/a@b"),
         ("mail a@b.c about http://host/x?page=2", "mail a@b.c about http://host/x?page=2"),
@@ -73,6 +74,12 @@ def test_a_secret_of_the_environment_is_hidden_in_every_spelling(monkeypatch):
         "uri/secret",
     ):
         assert hide_known(f"<{spelled}>") == f"<{HIDDEN}>"
+
+
+@pytest.mark.parametrize("name", ["PGPASSWORD", "MY_DB_PASSWD", "SOMEAPIKEY", "AWS_CREDENTIALS", "HF_TOKEN", "KEYS"])
+def test_a_secret_is_known_by_what_its_variables_name_ends_in(name, monkeypatch):
+    monkeypatch.setenv(name, "hushhush")
+    assert redact_text("it was hushhush") == f"it was {HIDDEN}"
 
 
 def test_short_values_and_parts_of_words_are_no_secrets(monkeypatch):
@@ -152,6 +159,12 @@ def test_keys_among_the_fields_that_are_stored_with_the_data_are_refused(extra):
     with pytest.raises(ValueError, match="api_key_env") as refusal:
         OpenAIChat("m", "http://127.0.0.1:1/v1", extra=extra)
     assert "hush" not in str(refusal.value)
+
+
+def test_fields_without_a_secret_are_taken_whatever_their_keys_are():
+    """YAML has numbers as keys and lists; Python has tuples."""
+    options = {"logit_bias": {50256: -100}, "stop": ("a", "b"), "chat_template_kwargs": {"x": False}}
+    assert OpenAIChat("m", "http://127.0.0.1:1/v1", extra=options).extra == options
 
 
 def test_the_pages_of_a_store_are_named_without_its_password(capsys):

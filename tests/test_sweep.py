@@ -5,25 +5,37 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
 from io import StringIO
 from itertools import product
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pytest
+import yaml
+from mlflow.tracking import MlflowClient
 from rich.console import Console
 
 from lace_lightning.cli.shipped import SHIPPED
+from lace_lightning.evaluation.store import Store as EvaluationStore
 from lace_lightning.evaluation.store import StoreError
+from lace_lightning.sweep import process as process_module
 from lace_lightning.sweep import runner as runner_module
+from lace_lightning.sweep import study as study_module
+from lace_lightning.sweep import worker as worker_module
 from lace_lightning.sweep.figure import figure, kind_of
+from lace_lightning.sweep.outcome import OUTCOMES, measure, value_of
 from lace_lightning.sweep.plan import PlannedStage, data_of, difference, plan
-from lace_lightning.sweep.points import planned_points
+from lace_lightning.sweep.points import _draw, planned_points
 from lace_lightning.sweep.process import CommandFailed, Room, Stopped
 from lace_lightning.sweep.reading import read_sweep
 from lace_lightning.sweep.report import as_csv, markdown, table
@@ -42,7 +54,9 @@ from lace_lightning.sweep.store import Store
 from lace_lightning.sweep.study import Ledger
 from lace_lightning.sweep.table import Measured, Result, compare, crossed, measured_rows, over_seeds, sign_flip
 from lace_lightning.sweep.units import Unit
+from lace_lightning.sweep.worker import is_dead, this_worker
 from lace_lightning.tracking.note import NOTE
+from tests.viewer_helpers import outcome, passage
 
 
 def make_sweep(tmp_path, **changes) -> SweepSpec:
@@ -62,6 +76,9 @@ def make_sweep(tmp_path, **changes) -> SweepSpec:
     return SweepSpec(**{**base, **changes})
 
 
+JITTER = Axis(key="data.init_args.jitter", values=[0])
+
+
 # ---------------------------------------------------------------- plans
 
 
@@ -78,6 +95,12 @@ def test_a_grid_is_the_product_and_random_draws_stay_in_their_ranges(tmp_path):
     assert 0.2 < np.mean([point.values["lr"] < 10**-2.5 for point in drawn]) < 0.8  # even on a logarithmic scale
 
 
+def test_random_whole_numbers_are_drawn_alike_also_at_the_ends_of_their_range(tmp_path):
+    axis, generator = Axis(key="x", range=[1, 3], integer=True), random.Random(0)
+    drawn = Counter(_draw(axis, generator) for _ in range(3000))
+    assert set(drawn) == {1, 2, 3} and all(900 < count < 1100 for count in drawn.values())
+
+
 def test_stages_with_equal_settings_seed_and_data_are_one_and_others_are_not(tmp_path):
     trials = plan(make_sweep(tmp_path))
     backbones = {trial.stages[0].digest: trial.seed for trial in trials}
@@ -89,6 +112,22 @@ def test_stages_with_equal_settings_seed_and_data_are_one_and_others_are_not(tmp
         data.write_text(content)
         digests.append(plan(make_sweep(tmp_path, stages={"sft": sft}))[0].stages[0].digest)
     assert digests[0] == digests[2] != digests[1]
+
+
+def test_a_stage_is_another_one_after_another_stage_and_the_same_with_other_workers(tmp_path):
+    def digests(backbone=(), sft=()):
+        stages = dict(make_sweep(tmp_path).stages)
+        stages |= {
+            name: replace(stages[name], set=dict(own)) for name, own in {"backbone": backbone, "sft": sft}.items()
+        }
+        (trial,) = plan(make_sweep(tmp_path, stages=stages, axes={"x": JITTER}, seeds=[7]))
+        assert trial.evaluation["seeds"] == [7]
+        return [stage.digest for stage in trial.stages]
+
+    before = digests()
+    assert digests(sft={"data.init_args.num_workers": 3, "trainer.enable_progress_bar": False}.items()) == before
+    other = digests(backbone={"trainer.max_steps": 7}.items())
+    assert other[0] != before[0] and other[1] != before[1]
 
 
 def test_the_digest_of_a_folder_is_of_what_its_files_hold(tmp_path, monkeypatch):
@@ -142,6 +181,38 @@ def a_stage(digest="a" * 40):
     return PlannedStage("sft", {}, (), digest)
 
 
+def test_a_chain_hands_on_weights_goes_on_where_it_was_cut_off_and_begins_anew_after_a_failure(tmp_path, monkeypatch):
+    calls, ending = [], {}
+
+    def run(room, arguments, log):
+        calls.append((log.parent.name.partition("-")[0], arguments[2:]))
+        if arguments[0] == "fit":
+            (log.parent / "checkpoints").mkdir(exist_ok=True)
+            (log.parent / "checkpoints" / "last.ckpt").touch()
+        if calls[-1][0] in ending:
+            raise ending.pop(calls[-1][0])
+
+    monkeypatch.setattr(Room, "run", run)
+    stages = dict(make_sweep(tmp_path).stages)
+    stages["more"] = StageSpec(stages["sft"].configs, after=["backbone", "sft"])
+    (trial,) = plan(make_sweep(tmp_path, stages=stages, axes={"x": JITTER}, seeds=[0]))
+    store = Store(tmp_path, Room(), tell=lambda _: None)
+    ending |= {"sft": Stopped("sft"), "more": CommandFailed("more")}
+    for error in (Stopped, CommandFailed):
+        with pytest.raises(error):
+            store.run(trial)
+    folder = store.run(trial)
+    backbone, sft, more = (str(tmp_path / stage.folder / "checkpoints" / "last.ckpt") for stage in trial.stages)
+    resumed = [f"--ckpt_path={sft}"]
+    assert calls == [
+        ("backbone", []), ("sft", []), ("sft", resumed), ("more", []), ("more", []), ("eval", []),
+    ]  # fmt: skip
+    settings = yaml.safe_load((tmp_path / trial.stages[2].folder / "stage.yaml").read_text())
+    assert settings["model"]["init_args"]["init_from"] == [backbone, sft]
+    settings = yaml.safe_load((folder / "evaluation.yaml").read_text())
+    assert settings["policies"]["trained"]["init_from"] == [backbone, sft, more]
+
+
 def test_two_workers_that_want_one_stage_train_it_once(tmp_path):
     done = []
 
@@ -188,7 +259,8 @@ def test_the_lock_of_a_killed_holder_is_taken_over(tmp_path):
     assert len(done) == 1
 
 
-def test_a_command_that_fails_hangs_or_is_stopped_is_told_apart(tmp_path):
+def test_a_command_that_fails_hangs_or_is_stopped_is_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the demo writes there
     log = tmp_path / "log"
     with pytest.raises(CommandFailed, match="lace nonsense ended with code 2"):
         Room().run(["nonsense"], log)
@@ -198,6 +270,18 @@ def test_a_command_that_fails_hangs_or_is_stopped_is_told_apart(tmp_path):
     room.stop.set()
     with pytest.raises(Stopped):
         room.run(["demo"], log)
+
+
+def test_a_command_may_save_before_it_ends_and_is_killed_if_it_does_not_end(monkeypatch):
+    monkeypatch.setattr(process_module, "GRACE_SECONDS", 1.0)
+    for handler, code in [("sys.exit(7)", 7), ("None", -signal.SIGKILL)]:
+        program = f"import signal,sys,time;signal.signal(15,lambda *_:{handler});print(1,flush=True);time.sleep(9)"
+        process = subprocess.Popen(
+            [sys.executable, "-c", program + ";time.sleep(9)"], stdout=subprocess.PIPE, start_new_session=True
+        )
+        process.stdout.readline()
+        process_module._end(process)
+        assert process.returncode == code
 
 
 def test_the_reason_of_a_failure_is_from_this_attempt(tmp_path):
@@ -245,6 +329,16 @@ def test_finished_trials_stay_failed_ones_wait_for_a_retry_and_lost_ones_go_on(t
     }  # fmt: skip
 
 
+def test_a_trial_gives_signs_of_life_while_it_runs(tmp_path, monkeypatch):
+    ledger = Ledger(f"sqlite:///{tmp_path}/study.db", "s", "maximize", heartbeat=1)
+    claim = ledger.claim([Unit("0", "row", (0,))])
+    signs = []
+    monkeypatch.setattr(ledger._storage, "record_heartbeat", signs.append)
+    with ledger.alive(claim):
+        time.sleep(1.5)
+    assert signs == [claim.trial_id]
+
+
 def test_the_trial_of_a_process_that_died_here_is_free_at_once(tmp_path):
     url = f"sqlite:///{tmp_path}/study.db"
     program = f"""
@@ -256,6 +350,15 @@ Ledger({url!r}, "s", "maximize").claim([Unit("0", "row", (0,))])
     assert Ledger(url, "s", "maximize").claim([Unit("0", "row", (0,))]) is not None
 
 
+def test_nothing_is_known_of_processes_of_another_machine_of_the_same_name(tmp_path, monkeypatch):
+    program = "import json;from lace_lightning.sweep.worker import this_worker as w;print(json.dumps(w()))"
+    ended = json.loads(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout)
+    assert is_dead(ended) and not is_dead(this_worker())
+    (tmp_path / "boot").write_text("another\n")
+    monkeypatch.setattr(worker_module, "_BOOT", tmp_path / "boot")
+    assert not is_dead(ended)
+
+
 def test_storage_that_cannot_be_used_is_named_without_its_password(tmp_path):
     with pytest.raises(SweepError, match="neither sqlite"):
         Ledger("mysql://me@host/db", "s", "maximize")
@@ -263,6 +366,16 @@ def test_storage_that_cannot_be_used_is_named_without_its_password(tmp_path):
     with pytest.raises(SweepError, match="cannot be used") as caught:
         Ledger("postgresql://me:secret@127.0.0.1:1/db", "s", "maximize")
     assert "secret" not in str(caught.value)
+
+
+def test_another_search_in_a_storage_is_named_without_its_password(tmp_path, monkeypatch):
+    class Memory:
+        alone, optuna = nullcontext, optuna.storages.InMemoryStorage()
+
+    monkeypatch.setattr(study_module, "Storage", lambda *_: Memory)
+    Ledger("postgresql://me:secret@host/db", "s", "maximize", search="acc")
+    with pytest.raises(SweepError, match="s in postgresql://host/db is another search"):
+        Ledger("postgresql://me:secret@host/db", "s", "maximize", search="fmt")
 
 
 # ---------------------------------------------------------------- whole sweeps, with quick commands
@@ -339,9 +452,57 @@ def test_a_metric_without_any_number_fails_its_trial_and_a_damaged_evaluation_to
     assert set(told["means"].values()) == {1.0}
 
 
-def test_the_parent_run_says_what_it_is_how_to_repeat_it_and_how_it_went(tmp_path, ran):
-    from mlflow.tracking import MlflowClient
+def test_rows_with_equal_settings_share_a_trial_and_are_both_in_the_table(tmp_path, ran):
+    rows = {"base": Change(), "same": Change(set={"data.init_args.jitter": 0})}
+    sweep = make_sweep(tmp_path, search="list", axes={}, rows=rows, columns=[])
+    runner = Runner(sweep, RunOptions("quick.yaml"), tell=lambda _: None)
+    ran[1]["values"] = {trial.folder: 0 for trial in runner.trials.values()}
+    result = runner.run()
+    assert [row.measured.label for row in result.rows] == ["base", "same"] and result.num_open == 0
+    assert result.rows[1].difference.value == 0 and len(ran[0]) == 2 * 3  # of two seeds: backbone, sft, evaluation
+    assert runner.outcomes_of("same") == runner.outcomes_of("base")
 
+
+def test_another_benchmark_or_column_is_measured_from_what_was_evaluated(tmp_path, ran, monkeypatch):
+    def measure(sweep, folder):
+        values = {name: [1.0 if sweep.benchmark else 0.0] for name in ["acc", *sweep.columns]}
+        return {"lace": {"problems": [0], "values": values}}
+
+    monkeypatch.setattr(runner_module, "measure", measure)
+    start(make_sweep(tmp_path, columns=[]), ran).run()
+    ran[0].clear()
+    result = start(make_sweep(tmp_path, columns=["fmt"], benchmark="doors"), ran).run()
+    assert [(row.metric.value, row.columns["fmt"]) for row in result.rows] == [(1.0, 1.0)] * 2 and not ran[0]
+
+
+def test_nothing_is_compared_with_another_row_while_the_base_has_no_result(tmp_path, ran):
+    axes = {"jitter": Axis(key="data.init_args.jitter", values=[0, 1, 2])}
+    sweep = make_sweep(tmp_path, axes=axes, seeds=[0], columns=[], tracking=Tracking(uri=f"sqlite:///{tmp_path}/ml.db"))
+    runner = start(sweep, ran)
+    ran[1]["failing"] = {[*runner.trials.values()][0].folder}
+    result = runner.run()
+    assert [row.measured.label for row in result.rows] == ["jitter=1", "jitter=2"]
+    assert np.isnan([row.difference.value for row in result.rows]).all()
+    assert "| base |" not in markdown(result) and "nan" not in markdown(result)
+    note = MlflowClient(sweep.tracking.uri).get_run(runner.parent).data.tags[NOTE]
+    assert "Best acc: jitter=2, 1.250. " in f"{note} "
+
+
+def test_methods_and_benchmarks_come_in_the_order_of_the_evaluation(tmp_path):
+    records = [
+        replace(outcome(passage(0, ["x"])), benchmark=benchmark, method=method, statistics={"acc": acc})
+        for benchmark, method, acc in [("b", "second", 0.0), ("a", "second", 0.25), ("a", "first", 1.0)]
+    ]
+    display = {"reference": "first", "methods": ["first", "second"], "benchmarks": ["a", "b"]}
+    with EvaluationStore(tmp_path / OUTCOMES, {"methods": {}}, display) as store:
+        store.add(records)
+    sweep = make_sweep(tmp_path, columns=[])
+    found = measure(sweep, tmp_path)
+    assert [*found] == ["first", "second"] and value_of(sweep, [found]) == 1.0
+    assert [*measure(replace(sweep, benchmark="b"), tmp_path)] == ["second"]
+
+
+def test_the_parent_run_says_what_it_is_how_to_repeat_it_and_how_it_went(tmp_path, ran):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     sweep = make_sweep(tmp_path, columns=[], description="Jitter helps.", tracking=Tracking(uri=uri))
     commands, state = ran
@@ -366,12 +527,28 @@ def test_the_parent_run_says_what_it_is_how_to_repeat_it_and_how_it_went(tmp_pat
     assert files == {"report.md", "report.csv", "report.json", "report.png", "sweep.yaml"}
 
 
+def test_a_store_that_is_away_at_the_end_takes_no_table_with_it(tmp_path, ran):
+    told = []
+    sweep = make_sweep(tmp_path, columns=[], tracking=Tracking(uri=f"sqlite:///{tmp_path}/mlflow.db"))
+    runner = start(sweep, ran)
+    runner.tell, runner.parent = told.append, "0" * 32  # MLflow does not know such a run
+    assert [row.metric.value for row in runner.run().rows] == [0.25, 0.75]
+    assert "not in MLflow; the same command sends it again." in told[-1] and "not found" in told[-1]
+
+
 def test_the_end_of_the_time_is_told_once(tmp_path, ran, monkeypatch):
     told = []
     sweep = make_sweep(tmp_path, columns=[], limits=Limits(total_minutes=1e-3))
-    monkeypatch.setattr(Room, "run", lambda room, arguments, log: room.stop.wait(5) and time.sleep(0.5))
+
+    def run(room, arguments, log):
+        room.stop.wait(5)
+        time.sleep(0.5)
+        room.check("lace fit")
+
+    monkeypatch.setattr(Room, "run", run)
     runner = Runner(sweep, RunOptions("quick.yaml"), tell=told.append)
-    assert runner.run().num_open
+    result = runner.run()
+    assert result.num_open == 4 and not result.failures  # what was cut off goes on with the next call
     assert sum("total_minutes" in line for line in told) == 1
 
 
@@ -395,8 +572,9 @@ def test_tpe_suggests_as_many_trials_as_the_limit_and_each_runs_all_seeds(tmp_pa
     result = Runner(sweep, RunOptions("quick.yaml"), tell=lambda _: None).run()
     assert result.num_open == 0 and all(len(row.measured.by_seed) == 2 for row in result.rows)
     assert len(Runner(sweep, RunOptions("quick.yaml")).ledger.states()) == 4
-    with pytest.raises(SweepError, match="another search"):
-        Runner(make_sweep(tmp_path, search="tpe", axes=axes, seeds=[5]), RunOptions("quick.yaml"))
+    for change in ({"seeds": [5]}, {"direction": "minimize"}, {"method": "vote"}, {"applies_to": []}):
+        with pytest.raises(SweepError, match="another search"):
+            Runner(make_sweep(tmp_path, **{"search": "tpe", "axes": axes, "columns": [], **change}), RunOptions("q"))
 
 
 # ---------------------------------------------------------------- statistics
@@ -435,7 +613,7 @@ def test_methods_of_a_single_row_are_compared_with_the_base_method_also_if_the_b
     sweep = make_sweep(
         tmp_path, columns=[], search="list", axes={}, rows={"a: b": Change()}, base="a: b", method="vote"
     )
-    rows = compare(sweep, measured_rows({"a: b": {}}, {"a: b": {0: {"lace": numbers, "vote": numbers}}}))
+    rows = compare(sweep, measured_rows({"a: b": {}}, {"a: b": {0: {"lace": numbers, "vote": numbers}}}), "a: b")
     assert [row.measured.label for row in rows] == ["lace", "vote"]
     assert rows[0].difference.value == 0.0 and rows[1].difference is None
 

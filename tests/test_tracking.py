@@ -318,6 +318,51 @@ def test_record_that_mlflow_refuses_is_set_aside_and_blocks_nothing(
     assert "refused" in caplog.text
 
 
+FOREIGN = ["{outside}/x", "../outside/x", "files/../../outside/x", "files/link/x", "files/x", "run.json", "files/one/y"]
+
+
+@pytest.mark.parametrize("file", FOREIGN)
+def test_a_spool_sends_and_removes_nothing_but_its_own_copies(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where somebody else wrote it."""
+    outside, spool = tmp_path / "outside", tmp_path / "spool"
+    for path in (outside / "x", spool / "files/x", spool / "files/one/x"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    (spool / "files/link").symlink_to(outside)
+    (spool / "files/one/y").symlink_to(outside / "x")
+    (spool / "run.json").write_text('{"run_id": "id", "tracking_uri": "sqlite:///x"}')
+    record = {"kind": "artifact", "file": file.format(outside=outside), "folder": None}
+    (spool / "records.jsonl").write_text(json.dumps(record) + "\n")
+    sent: list[str] = []
+
+    class Client:
+        def log_artifact(self, run_id: str, path: str, folder: str | None) -> None:
+            sent.append(path)
+
+    reader = SpoolReader(spool)
+    sender.drain(Client(), reader)  # type: ignore[arg-type]
+    assert not sent and reader.pending() == 0
+    assert [path.read_text() for path in (outside / "x", spool / "files/x", spool / "files/one/x")] == ["mine"] * 3
+    assert json.loads((spool / "refused.jsonl").read_text())["kind"] == "unreadable"
+
+
+def test_a_record_of_other_types_is_set_aside_and_blocks_nothing(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"run_id": "id", "tracking_uri": "sqlite:///x"}')
+    bad = {"kind": "metrics", "time": 1, "step": 0, "values": [1]}
+    good = {"kind": "status", "status": "FINISHED", "time": 1}
+    (tmp_path / "records.jsonl").write_text(f"{json.dumps(bad)}\n{json.dumps(good)}\n")
+    ended: list[str] = []
+
+    class Client:
+        def set_terminated(self, run_id: str, status: str, time: int) -> None:
+            ended.append(status)
+
+    sender.drain(Client(), SpoolReader(tmp_path))  # type: ignore[arg-type]
+    assert ended == ["FINISHED"] and '"values\\": [1]' in (tmp_path / "refused.jsonl").read_text()
+
+
 def test_half_a_line_left_by_a_kill_is_not_read(tmp_path: Path) -> None:
     spool = Spool(tmp_path, "id", "uri")  # kept alive: a killed process closes nothing
     spool.append({"kind": "tag", "key": "a", "value": "b"})

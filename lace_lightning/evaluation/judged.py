@@ -1,22 +1,19 @@
-"""What is kept of an outcome: one JSON object, and the typed record it reads as."""
+"""What is kept of an outcome."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from lace_lightning.decoding.group import Group, Thread
+from lace_lightning.decoding.group import Group
 from lace_lightning.evaluation.inspection import Inspection
 from lace_lightning.evaluation.method import Cost, Outcome, Passage
 from lace_lightning.tasks import Verdict
-from lace_lightning.traces.schema import Problem, Tag
+from lace_lightning.traces.schema import Problem
 
 ANSWERING = ("path", "revision", "merge")
 """Roles of passages that answer the problem; only these are judged."""
-
-_DECIMALS = 4
-"""Of stored log-probabilities, gates and shares of attention."""
 
 
 class Key(NamedTuple):
@@ -123,91 +120,3 @@ def make_judged(
         benchmark, method, seed, outcome.problem, passages, outcome.chosen, outcome.cost, outcome.confidence,
         outcome.notes,
     )  # fmt: skip
-
-
-def to_json(record: JudgedOutcome) -> dict[str, Any]:
-    """The record as JSON values; :func:`from_json` reads them back."""
-    return {
-        "benchmark": record.benchmark,
-        "method": record.method,
-        "seed": record.seed,
-        "problem": asdict(record.problem),
-        "passages": [_passage_to_json(passage) for passage in record.passages],
-        "chosen": record.chosen,
-        "found": record.found,
-        "confidence": record.confidence,
-        "cost": asdict(record.cost),
-        "notes": dict(record.notes),
-        "statistics": dict(record.statistics),
-    }
-
-
-def from_json(row: Mapping[str, Any]) -> JudgedOutcome:
-    """The record of a row that :func:`to_json` made.
-
-    Raises:
-        KeyError, TypeError, ValueError: the row is something else.
-    """
-    return JudgedOutcome(
-        row["benchmark"],
-        row["method"],
-        row["seed"],
-        Problem(**row["problem"]),
-        tuple(_passage_from_json(passage) for passage in row["passages"]),
-        row["chosen"],
-        Cost(**row["cost"]),
-        row["confidence"],
-        row["notes"],
-        row["statistics"],
-    )
-
-
-def _passage_to_json(record: JudgedPassage) -> dict[str, Any]:
-    passage, thread = record.passage, record.passage.thread
-    return {
-        "role": passage.role,
-        "group": passage.group,
-        "verdict": record.verdict,
-        **asdict(thread),
-        "logprobs": [round(value, _DECIMALS) for value in thread.logprobs],
-        "inspection": None if record.inspection is None else _inspection_to_json(record.inspection),
-    }
-
-
-def _passage_from_json(row: Mapping[str, Any]) -> JudgedPassage:
-    lists = {name: tuple(row[name]) for name in ("observations", "token_ids", "columns", "logprobs", "forced")}
-    thread = Thread(
-        text=row["text"],
-        thought=row["thought"],
-        answer=row["answer"],
-        tag=None if row["tag"] is None else Tag(row["tag"]),
-        finished=row["finished"],
-        **lists,
-    )
-    verdict = None if row["verdict"] is None else Verdict(row["verdict"])
-    inspection = None if row["inspection"] is None else _inspection_from_json(row["inspection"])
-    return JudgedPassage(Passage(thread, row["role"], row["group"]), verdict, inspection)
-
-
-def _inspection_to_json(inspection: Inspection) -> dict[str, Any]:
-    gates, reads = inspection.gates, inspection.reads
-    return {
-        "thread": inspection.thread,
-        "pieces": inspection.pieces,
-        "segments": inspection.segments,
-        "gates": None if gates is None else [round(value, _DECIMALS) for value in gates],
-        "reads": None
-        if reads is None
-        else [[(n, time, round(share, _DECIMALS)) for n, time, share in token] for token in reads],
-    }
-
-
-def _inspection_from_json(row: Mapping[str, Any]) -> Inspection:
-    gates, reads = row["gates"], row["reads"]
-    return Inspection(
-        row["thread"],
-        tuple(row["pieces"]),
-        row["segments"],
-        None if gates is None else tuple(gates),
-        None if reads is None else tuple(tuple((n, time, share) for n, time, share in token) for token in reads),
-    )

@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lace_lightning.evaluation.judged import JudgedOutcome, to_json
+from lace_lightning.evaluation.judged import JudgedOutcome
+from lace_lightning.evaluation.judged_json import to_json
 from lace_lightning.whole_file import whole_file
 
 ROWS_PER_GROUP = 256

@@ -16,7 +16,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lace_lightning.evaluation.judged import JudgedOutcome, Key, from_json, to_json
+from lace_lightning.evaluation.judged import JudgedOutcome, Key
+from lace_lightning.evaluation.judged_json import from_json, to_json
 from lace_lightning.whole_file import append_lines, open_lines, write_text
 
 OUTCOMES, ERRORS, SETTINGS = "outcomes.jsonl", "errors.jsonl", "evaluation.json"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lace_lightning.evaluation.store import read_outcomes
+from lace_lightning.evaluation.store import read_outcomes, read_settings
 from lace_lightning.sweep.spec import SweepError, SweepSpec
 
 OUTCOMES = "outcomes"
@@ -19,25 +19,31 @@ Outcome = dict[str, Any]
 
 
 def measure(sweep: SweepSpec, folder: Path) -> Outcome:
-    """The numbers of an evaluation's folder, on the sweep's benchmark.
+    """The numbers of an evaluation's folder, on the sweep's benchmark; methods in the order of the evaluation.
 
     Raises:
         SweepError: the evaluation holds no outcome of it.
     """
-    names = dict.fromkeys([sweep.metric, *sweep.columns, "tokens", "seconds"])
-    found: Outcome = {}
-    benchmark = sweep.benchmark
-    for record in read_outcomes(folder / OUTCOMES):
-        benchmark = benchmark or record.benchmark
+    names = statistics_of(sweep)
+    display = read_settings(folder / OUTCOMES)["display"]
+    benchmark = sweep.benchmark or display["benchmarks"][0]
+    found: Outcome = {method: {"problems": [], "values": {name: [] for name in names}} for method in display["methods"]}
+    for record in read_outcomes(folder / OUTCOMES):  # in the order of their policies, not of the methods
         if record.benchmark == benchmark:
-            own = found.setdefault(record.method, {"problems": [], "values": {name: [] for name in names}})
+            own = found[record.method]
             own["problems"].append(record.problem.id)
             for name in names:
                 number = record.statistics.get(name)
                 own["values"][name].append(None if number is None else round(float(number), 6))
+    found = {method: own for method, own in found.items() if own["problems"]}
     if not found:
         raise SweepError(f"{folder} holds no outcome of benchmark {benchmark!r}")
     return found
+
+
+def statistics_of(sweep: SweepSpec) -> list[str]:
+    """What is kept of each outcome."""
+    return list(dict.fromkeys([sweep.metric, *sweep.columns, "tokens", "seconds"]))
 
 
 def value_of(sweep: SweepSpec, outcomes: Sequence[Outcome]) -> float:

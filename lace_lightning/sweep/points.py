@@ -108,8 +108,7 @@ def _draw(axis: Axis, generator: random.Random) -> Any:
     if axis.range is None:
         return generator.choice([*axis.choices] or axis.values)
     low, high = axis.range
-    if axis.log:
-        drawn = exp(generator.uniform(log(low), log(high)))
-    else:
-        drawn = generator.uniform(low, high)
-    return round(drawn) if axis.integer else drawn
+    half = 0.5 if axis.integer else 0.0  # rounding takes as much to the ends as to what lies between them
+    first, last = low - half, high + half
+    drawn = exp(generator.uniform(log(first), log(last))) if axis.log else generator.uniform(first, last)
+    return int(min(max(round(drawn), low), high)) if axis.integer else drawn

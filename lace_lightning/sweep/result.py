@@ -30,22 +30,23 @@ def result_of(sweep: SweepSpec, ledger: Ledger, units: Sequence[Unit]) -> Result
     states = ledger.states()
     if sweep.search != "tpe":
         labels = {point.label: dict(point.values) for point in planned_points(sweep)}
-        found = {unit.key: (*states[unit.key], unit.label) for unit in units if unit.key in states}
+        found = [(*states[unit.key], unit.label) for unit in units if unit.key in states]
     else:
-        found = {key: (state, trial, trial.user_attrs[LABEL]) for key, (state, trial) in states.items()}
-        labels = {label: dict(suggested(sweep, trial.params).values) for _, trial, label in found.values()}
+        found = [(state, trial, trial.user_attrs[LABEL]) for state, trial in states.values()]
+        labels = {label: dict(suggested(sweep, trial.params).values) for _, trial, label in found}
     outcomes: dict[str, dict[int, Outcome]] = {}
-    for state, trial, label in found.values():
+    for state, trial, label in found:
         if state == "finished":
             outcomes.setdefault(label, {}).update({int(seed): own for seed, own in trial.user_attrs[OUTCOME].items()})
     failures = [
         (f"{label}, seed {', '.join(map(str, trial.user_attrs[SEEDS]))}", trial.user_attrs[ERROR])
-        for state, trial, label in found.values()
+        for state, trial, label in found
         if state == "failed"
     ]
     planned = len(units) if sweep.search != "tpe" else sweep.limits.trials
-    num_open = planned - sum(state in ("finished", "failed") for state, _, _ in found.values())
-    rows = compare(sweep, measured_rows(_without_empty(labels, outcomes), outcomes))
+    num_open = planned - sum(state in ("finished", "failed") for state, _, _ in found)
+    base = next(iter(labels), None) if sweep.base is None and sweep.search != "tpe" else sweep.base
+    rows = compare(sweep, measured_rows(_without_empty(labels, outcomes), outcomes), base)
     return Result(sweep, rows, failures, max(0, num_open))
 
 

@@ -13,7 +13,7 @@ from threading import Event
 from typing import Any
 
 from lace_lightning.evaluation.store import StoreError
-from lace_lightning.sweep.outcome import OUTCOMES, measure, value_of
+from lace_lightning.sweep.outcome import OUTCOMES, measure, statistics_of, value_of
 from lace_lightning.sweep.plan import Trial, plan, plan_trial
 from lace_lightning.sweep.points import distributions, suggested
 from lace_lightning.sweep.process import CommandFailed, Room, Stopped
@@ -24,6 +24,7 @@ from lace_lightning.sweep.study import PARENT, Ledger
 from lace_lightning.sweep.table import Result
 from lace_lightning.sweep.tracking import environment_of, log_result, open_parent
 from lace_lightning.sweep.units import Claim, Unit
+from lace_lightning.tracking import TrackingError
 
 WAIT_SECONDS = 2.0
 """Between looks at the study while only others work."""
@@ -66,8 +67,11 @@ class Runner:
     stop: Event = field(default_factory=Event)
 
     def __post_init__(self) -> None:
-        self.trials = {_unit(trial).key: trial for trial in plan(self.sweep)}
-        self.units = [_unit(trial) for trial in self.trials.values()]
+        self.units: list[Unit] = []
+        self.trials: dict[str, Trial] = {}
+        for trial in plan(self.sweep):  # rows may have equal settings: they share one trial
+            self.units.append(unit := _unit(self.sweep, trial))
+            self.trials.setdefault(unit.key, trial)
         self.folder = Path(self.sweep.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         url = self.options.storage or f"sqlite:///{self.folder}/study.db"
@@ -101,13 +105,18 @@ class Runner:
         result = result_of(self.sweep, self.ledger, self.units)
         write(result, self.folder)
         if self.parent is not None and self.sweep.tracking is not None:
-            log_result(self.sweep.tracking, self.parent, result, self.folder, self.options.source)
+            try:
+                log_result(self.sweep.tracking, self.parent, result, self.folder, self.options.source)
+            except TrackingError as error:
+                self.tell(
+                    f"The report is in {self.folder}, and not in MLflow; the same command sends it again. {error}"
+                )
         return result
 
     def outcomes_of(self, label: str) -> Path | None:
         """Folder of the evaluation of a planned row with its first seed; None for rows that Optuna suggested."""
-        trial = next((trial for trial in self.trials.values() if trial.point.label == label), None)
-        return None if trial is None else store_folder(self.sweep) / trial.folder / OUTCOMES
+        key = next((unit.key for unit in self.units if unit.label == label), None)
+        return None if key is None else store_folder(self.sweep) / self.trials[key].folder / OUTCOMES
 
     def _work(self, index: int) -> None:
         is_waiting = False
@@ -189,7 +198,9 @@ class Runner:
         """What must stay the same about a search of Optuna's; planned ones may grow."""
         if self.sweep.search != "tpe":
             return self.sweep.metric
-        told = repr((self.sweep.axes, self.sweep.seeds, self.sweep.metric, self.sweep.stages, self.sweep.evaluation))
+        own = self.sweep
+        drawn = (own.axes, own.seeds, own.stages, own.applies_to, own.evaluation)
+        told = repr((*drawn, own.metric, own.direction, own.benchmark, own.method))
         return blake2b(told.encode(), digest_size=16).hexdigest()
 
 
@@ -198,5 +209,7 @@ def store_folder(sweep: SweepSpec) -> Path:
     return Path(sweep.folder).parent / "stages"
 
 
-def _unit(trial: Trial) -> Unit:
-    return Unit(trial.digest, trial.point.label, (trial.seed,))
+def _unit(sweep: SweepSpec, trial: Trial) -> Unit:
+    """The trial as it is kept in the study: measured anew, from its folder, where other numbers are asked for."""
+    kept = repr((trial.digest, sweep.benchmark, statistics_of(sweep)))
+    return Unit(blake2b(kept.encode(), digest_size=20).hexdigest(), trial.point.label, (trial.seed,))

@@ -54,9 +54,11 @@ class Store:
 
     def checkpoints(self, stage: PlannedStage) -> list[str]:
         """The weights of a stage, with those that it started from: later ones win."""
-        before = [path for parent in stage.after for path in self.checkpoints(parent)]
-        own = str(self._checkpoint(self.folder / stage.folder))
-        return [*dict.fromkeys(before), own]
+        return [*self._before(stage), str(self._checkpoint(self.folder / stage.folder))]
+
+    def _before(self, stage: PlannedStage) -> list[str]:
+        """The weights that a stage starts from, each once."""
+        return list(dict.fromkeys(path for parent in stage.after for path in self.checkpoints(parent)))
 
     def is_done(self, name: str) -> bool:
         return (self.folder / name / DONE).exists()
@@ -88,9 +90,7 @@ class Store:
     def _fit(self, stage: PlannedStage, trial: Trial, folder: Path) -> None:
         settings = deepcopy(dict(stage.settings))
         if stage.after:
-            settings["model"]["init_args"]["init_from"] = [
-                p for parent in stage.after for p in self.checkpoints(parent)
-            ]
+            settings["model"]["init_args"]["init_from"] = self._before(stage)
         settings["trainer"] |= {
             "default_root_dir": str(folder),
             "enable_progress_bar": False,

@@ -22,6 +22,7 @@ from lace_lightning.sweep.spec import SweepError
 from lace_lightning.sweep.storage import Storage, quiet
 from lace_lightning.sweep.units import Claim, Unit
 from lace_lightning.sweep.worker import is_dead, this_worker
+from lace_lightning.tracking.redact import redact_uri
 
 UNIT, LABEL, SEEDS, WORKER, ERROR, OUTCOME = "unit", "label", "seeds", "worker", "error", "outcome"
 SEARCH, PARENT = "search", "parent"
@@ -62,7 +63,9 @@ class Ledger:
                 sampler=optuna.samplers.TPESampler(seed=search_seed, constant_liar=True),
             )
             if self.study.user_attrs.setdefault(SEARCH, search) != search:
-                raise SweepError(f"{name} in {url} is another search: give this one another name or storage")
+                raise SweepError(
+                    f"{name} in {redact_uri(url)} is another search: give this one another name or storage"
+                )
             self.study.set_user_attr(SEARCH, search)
 
     def states(self) -> dict[str, tuple[State, FrozenTrial]]:

@@ -45,7 +45,7 @@ class Row:
         measured: what it is of.
         metric: mean over seeds with its 95 % interval: Student's t over seeds, with one seed a bootstrap over problems.
         difference: to the base row, paired by seed and problem, with the interval of a bootstrap over both; None for
-            the base itself.
+            the base itself, nan where the base has no result.
         p_value: two-sided sign-flip test of the paired differences per problem.
         columns: means of further statistics.
     """
@@ -94,22 +94,18 @@ def measured_rows(
     return found
 
 
-def compare(sweep: SweepSpec, measured: Sequence[Measured]) -> list[Row]:
-    """Each row beside the base: that of ``sweep.base`` and ``sweep.method``, else the first."""
-    if not measured:
-        return []
-    candidates = [row for row in measured if sweep.method in (None, row.method)]
-    is_base = [row for row in candidates if sweep.base in (None, row.point)]
-    base = is_base[0] if is_base else None
-    return [_row(sweep, row, base) for row in measured]
+def compare(sweep: SweepSpec, measured: Sequence[Measured], base: str | None = None) -> list[Row]:
+    """Each row beside the base: the first one with that label (any, if it is None) and ``sweep.method``."""
+    candidates = [row for row in measured if sweep.method in (None, row.method) and base in (None, row.point)]
+    return [_row(sweep, row, candidates[0] if candidates else None) for row in measured]
 
 
 def _row(sweep: SweepSpec, measured: Measured, base: Measured | None) -> Row:
     columns = {name: _mean(measured, name) for name in sweep.columns}
     metric = over_seeds([array(own, sweep.metric) for own in measured.by_seed.values()])
-    if base is None or measured is base:
+    if measured is base:
         return Row(measured, metric, None, math.nan, columns)
-    gaps = paired(measured, base, sweep.metric)
+    gaps = np.zeros((0, 0)) if base is None else paired(measured, base, sweep.metric)
     return Row(measured, metric, crossed(gaps), sign_flip(gaps.mean(0)) if gaps.size else math.nan, columns)
 
 

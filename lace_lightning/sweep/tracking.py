@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -17,6 +18,9 @@ from lace_lightning.tracking.logger import PARENT_RUN
 from lace_lightning.tracking.note import NOTE, Note, how_it_went
 from lace_lightning.tracking.redact import redact
 from lace_lightning.tracking.run_info import git_state
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
 
 COMMIT, DIRTY = "git.commit", "git.dirty"
 
@@ -39,7 +43,8 @@ def open_parent(tracking: Tracking, sweep: SweepSpec, source: str) -> str:
     tags[NOTE] = _note(sweep, source, tags).markdown(how_it_went("RUNNING", 0.0, None, {}))
     client = store.connect(uri)
     run_id = str(store.open_run(client, uri, tracking.experiment, sweep.name, tags).info.run_id)
-    client.log_text(run_id, yaml.safe_dump(redact(asdict(sweep)), sort_keys=False), "sweep.yaml")
+    with store.remedies(uri):
+        client.log_text(run_id, yaml.safe_dump(redact(asdict(sweep)), sort_keys=False), "sweep.yaml")
     return run_id
 
 
@@ -54,9 +59,18 @@ def environment_of(tracking: Tracking | None, parent: str | None) -> Mapping[str
 
 
 def log_result(tracking: Tracking, parent: str, result: Result, folder: Path, source: str) -> None:
-    """Put the table, its figure and its numbers into the parent run, which ends once nothing is open."""
+    """Put the table, its figure and its numbers into the parent run, which ends once nothing is open.
+
+    Raises:
+        TrackingError: the store does not answer, or the run is gone from it.
+    """
     uri = store.resolve_tracking_uri(tracking.uri)
     client = store.connect(uri)
+    with store.remedies(uri):
+        _send_result(client, parent, result, folder, source)
+
+
+def _send_result(client: MlflowClient, parent: str, result: Result, folder: Path, source: str) -> None:
     for row in result.rows:
         gap = math.nan if row.difference is None else row.difference.value
         numbers = {"": row.metric.value, "_difference": gap, "_p": row.p_value}
@@ -94,8 +108,9 @@ def _result(result: Result) -> str:
         return told
     pick = max if result.sweep.direction == "maximize" else min
     best = pick(known, key=lambda row: row.metric.value)
-    gap = "" if best.difference is None else f" ({best.difference.value:+.3f} to the base)"
-    return f"{told} Best {result.sweep.metric}: {best.measured.label}, {best.metric.value:.3f}{gap}."
+    gap = math.nan if best.difference is None else best.difference.value
+    told_gap = f" ({gap:+.3f} to the base)" if math.isfinite(gap) else ""
+    return f"{told} Best {result.sweep.metric}: {best.measured.label}, {best.metric.value:.3f}{told_gap}."
 
 
 def _key(label: str) -> str:

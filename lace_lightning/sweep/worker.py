@@ -10,6 +10,8 @@ from typing import Any
 
 import psutil
 
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
 
 def this_worker() -> dict[str, Any]:
     """This process, as JSON values."""
@@ -18,9 +20,14 @@ def this_worker() -> dict[str, Any]:
 
 
 def _host() -> str:
-    """This machine, and which of its containers: process ids mean something in there alone."""
+    """This machine, and which of its containers: process ids mean something in there alone.
+
+    Many machines may have one name, and the outermost container has one number everywhere: what tells them apart is
+    Linux's random name of this boot.
+    """
     space = Path("/proc/self/ns/pid")
-    return f"{platform.node()} {os.readlink(space) if space.is_symlink() else ''}".strip()
+    boot = _BOOT.read_text().strip() if _BOOT.is_file() else ""
+    return f"{platform.node()} {boot} {os.readlink(space) if space.is_symlink() else ''}".strip()
 
 
 def is_dead(worker: Mapping[str, Any] | None) -> bool:

@@ -47,21 +47,35 @@ def log_evaluation(
         TrackingError: the store does not answer.
     """
     logger = MLflowLogger(tracking.experiment, tracking.run_name, tracking.uri, system_seconds=0)
+    try:
+        _log(logger, folder, summaries, settings, command)
+        logger.use_weights(weights_of, evaluates=is_of_one)
+        logger.log_metrics(_metrics(summaries))
+        for record in chosen_for_traces(read_outcomes(folder), tracking.max_traces):
+            logger.log_trace(trace_of(record))
+    except BaseException:
+        logger.finalize("failed")
+        raise
+    logger.finalize("success")
+    return str(logger.run_id)
+
+
+def _log(
+    logger: MLflowLogger,
+    folder: str | Path,
+    summaries: Sequence[BenchmarkSummary],
+    settings: dict[str, Any],
+    command: str,
+) -> None:
+    """What the evaluation is, and its tables."""
     logger.log_hyperparams(settings)
     logger.describe(_what(summaries), command)
     logger.log_tag("lace.stage", "eval")
-    logger.use_weights(weights_of, evaluates=is_of_one)
-    logger.log_metrics(_metrics(summaries))
     for sheet in sheets(summaries):
         rows = [dict(zip(sheet.columns, row, strict=True)) for row in sheet.rows]
         logger.log_table(rows, sheet.title.replace(":", "").replace(" ", "_"))
     logger.log_text(markdown(summaries), "report.md")
     logger.log_text(Path(folder, VIEWER).read_text(encoding="utf-8"), VIEWER)
-    run_id = str(logger.run_id)
-    for record in chosen_for_traces(read_outcomes(folder), tracking.max_traces):
-        logger.log_trace(trace_of(record))
-    logger.finalize("success")
-    return run_id
 
 
 def chosen_for_traces(records: Iterable[JudgedOutcome], most: int) -> list[JudgedOutcome]:

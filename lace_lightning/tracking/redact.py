@@ -24,7 +24,8 @@ MIN_CHARACTERS = 8
 #
 # `max_new_tokens`, `pad_token` and `tokenizer` are no secrets: a token is one only by its qualifier or all alone.
 _SECRET_WORD = (
-    r"(?:[\w-]{0,100}?[_-])?(?:password|passwd|passphrase|secret|credentials?|authorization|cookie|"
+    r"[\w-]{0,100}?(?:password|passwd|passphrase)"
+    r"|(?:[\w-]{0,100}?[_-])?(?:secret|credentials?|authorization|cookie|"
     r"(?:api|secret|private|access|auth|account|encryption|openai|anthropic|wandb|hf|license)[_-]?key)"
     r"|(?:[\w-]{0,100}?[_-])?(?:auth|access|api|hf|hub|bearer|refresh|session|secret|security|github|gitlab|wandb|tracking|"
     r"slack|pypi|private|deploy|personal)[_-]token"
@@ -35,7 +36,9 @@ _SECRET_LINE = re.compile(rf"(?P<key>(?<![\w-])(?:{_SECRET_WORD})[\"']?\s*[:=]\s
 _SECRET_OPTION = re.compile(
     rf"(?P<key>(?<![\w.-])--(?:[\w-]{{1,100}}\.){{0,9}}(?:{_SECRET_WORD})\s+)(?P<value>[^\s-]\S*)", re.IGNORECASE
 )
-_ENVIRONMENT_NAME = re.compile(r"(?:.*_)?(?:TOKEN|KEY|PASSWORD|PASSWD|PASSPHRASE|SECRET|CREDENTIALS?)S?", re.IGNORECASE)
+_ENVIRONMENT_NAME = re.compile(
+    r"(?:.*_)?(?:TOKEN|KEY|SECRET|CREDENTIAL)S?|.*(?:PASSWORD|PASSWD|PASSPHRASE|APIKEY)S?", re.IGNORECASE
+)
 
 # A password may hold "@" and, where people do not encode it, "/"; "host:5000/a@b" has a port and no password.
 _URI_PASSWORD = re.compile(r"(?<=://)(?:[^/\s\"'<>@:]{0,100}:(?!\d{0,5}/)[^\s\"'<>]{1,1000}@|[^/\s\"'<>]{1,1000}@)")

@@ -6,7 +6,9 @@ import json
 import logging
 import os
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from types import NoneType
+from typing import Any
 
 from lace_lightning.tracking.spool import HEADER, RECORDS, Record
 from lace_lightning.whole_file import append_lines, open_lines, write_text
@@ -15,15 +17,16 @@ REFUSED = "refused.jsonl"
 CHUNK_BYTES = 256 * 1024  # below MLflow's limit of 1 MB for one request
 BATCHED = ("metrics", "param", "tag")
 """Kinds of records of which one request takes many."""
-_FIELDS = {
-    "metrics": {"time", "step", "values"},
-    "param": {"key", "value"},
-    "tag": {"key", "value"},
-    "artifact": {"file", "folder"},
-    "weights": {"step", "tags", "values"},
-    "uses": {"runs"},
-    "trace": {"trace_id", "name", "tags", "spans"},
-    "status": {"status", "time"},
+_NUMBER = (int, float)
+_FIELDS: dict[str, dict[str, Any]] = {
+    "metrics": {"time": _NUMBER, "step": _NUMBER, "values": dict},
+    "param": {"key": str, "value": str},
+    "tag": {"key": str, "value": str},
+    "artifact": {"file": str, "folder": (str, NoneType)},
+    "weights": {"step": _NUMBER, "tags": dict, "values": dict},
+    "uses": {"runs": list},
+    "trace": {"trace_id": str, "name": str, "tags": dict, "spans": list},
+    "status": {"status": str, "time": _NUMBER},
 }
 
 log = logging.getLogger(__name__)
@@ -72,7 +75,7 @@ class SpoolReader:
         for line in lines:
             if not line.endswith(b"\n"):  # being written, or cut off by a kill
                 break
-            record = _parsed(line)
+            record = self._parsed(line)
             is_alone = record["kind"] not in BATCHED
             if is_alone and records:
                 break
@@ -114,6 +117,21 @@ class SpoolReader:
         with open_lines(self.folder / REFUSED) as file:
             append_lines(file, json.dumps({**kept, "reason": reason}) + "\n")
 
+    def _parsed(self, line: bytes) -> Record:
+        try:
+            record: Record = json.loads(line)
+            if all(isinstance(record[name], kind) for name, kind in _FIELDS[record["kind"]].items()):
+                if record["kind"] != "artifact" or self._is_copy(record["file"]):
+                    return record
+        except (ValueError, KeyError, TypeError, RecursionError):  # a disk error; every line that we write is complete
+            pass
+        return {"kind": "unreadable", "line": line.decode(errors="replace")}
+
+    def _is_copy(self, file: str) -> bool:
+        """Whether it lies in a folder of its own in ``files/``: it is sent, and that folder removed."""
+        files, path = self.folder.resolve() / "files", (self.folder / file).resolve()
+        return path.parent.parent == files and path.parent.name == PurePosixPath(file).parent.name
+
 
 def _read_offset(path: Path) -> int:
     """Zero if it is missing or damaged: everything is sent again then, which changes nothing."""
@@ -121,13 +139,3 @@ def _read_offset(path: Path) -> int:
         return max(0, int(path.read_text()))
     except (FileNotFoundError, ValueError):
         return 0
-
-
-def _parsed(line: bytes) -> Record:
-    try:
-        record: Record = json.loads(line)
-        if _FIELDS[record["kind"]] <= record.keys():
-            return record
-    except (ValueError, KeyError, TypeError, RecursionError):  # a disk error; every line that we write is complete
-        pass
-    return {"kind": "unreadable", "line": line.decode(errors="replace")}

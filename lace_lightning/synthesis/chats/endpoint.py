@@ -191,7 +191,8 @@ def _check_no_secret(extra: dict[str, Any]) -> None:
     """Raise ValueError if a field looks like a secret: ``extra`` is stored with the replies and the data."""
     from lace_lightning.tracking.redact import redact
 
-    if redact(extra) != extra:
+    stored = json.loads(json.dumps(extra))  # numbers that are keys become texts, tuples lists, as `redact` has them
+    if redact(stored) != stored:
         raise ValueError(
             "extra holds what looks like a secret, and is stored with the data; it is not repeated here: put the key "
             "into an environment variable, and that one's name into api_key_env"
