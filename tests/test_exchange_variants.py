@@ -302,16 +302,6 @@ def test_without_a_gate_all_that_was_read_is_added(scope):
     always = {"gate.weight": torch.zeros(8, 16).double(), "gate.bias": torch.full((8,), 60.0).double()}
     expected = reference_lattice_attention(hidden, weights | always, config, visible)
     assert_close(apply(block, hidden, visible), hidden + expected.added)
-<<<<<<< HEAD
-=======
-
-
-@pytest.mark.parametrize(
-    "settings, named", [(dict(gate="open"), "'open'"), (dict(gate="none", gate_bias=1.0), "gate_bias=1.0")]
-)
-def test_gates_that_do_not_exist_are_named(settings, named):
-    with pytest.raises(ValueError, match=named):
-        LatticeAttentionConfig(**settings)
 
 
 # ---------------------------------------------------------------- all of them
@@ -320,4 +310,3 @@ def test_gates_that_do_not_exist_are_named(settings, named):
 @pytest.mark.parametrize("name", EXCHANGES)
 def test_no_weight_is_a_scalar_which_fsdp2_could_not_divide(name):
     assert all(parameter.dim() for parameter in tiny_lm(EXCHANGES[name]).exchange_parameters())
->>>>>>> review1
