@@ -137,13 +137,11 @@ class GracefulStop(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save what an interrupted rollout or validation has not touched; give the signals back."""
-        if isinstance(exception, Interrupted) and self._module is not None:
-            if self._saved is None and trainer.state.fn == TrainerFn.FITTING:
-                self._save_last_state(trainer)
-                self._requeue(trainer)
-            path = self._saved
-            _say(f"Stopped: saved {path}. Resume with: --ckpt_path {path}" if path else "Stopped: nothing to save.")
-        self._restore()
+        try:
+            if isinstance(exception, Interrupted) and self._module is not None:
+                self._end(trainer)
+        finally:
+            self._restore()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Where a batch was given up, say that it has not begun."""
@@ -154,6 +152,14 @@ class GracefulStop(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""
         self._restore()
+
+    def _end(self, trainer: Trainer) -> None:
+        """Save if nothing is saved yet, and say how to go on."""
+        if self._saved is None and trainer.state.fn == TrainerFn.FITTING:
+            self._save_last_state(trainer)
+            self._requeue(trainer)
+        path = self._saved
+        _say(f"Stopped: saved {path}. Resume with: --ckpt_path {path}" if path else "Stopped: nothing to save.")
 
     def _install(self, module: LightningModule) -> None:
         self._module = module

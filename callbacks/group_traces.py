@@ -16,7 +16,6 @@ from lace_lightning.callbacks.reporting import (
     sampled_in,
     threaded,
 )
-from lace_lightning.decoding import Group
 from lace_lightning.evaluation.judged import JudgedOutcome
 from lace_lightning.evaluation.method import Cost
 from lace_lightning.modules import LatticeGRPO, SampledGroups, ThreadedModule
@@ -114,7 +113,7 @@ class GroupTraces(Callback):
         if sampled is None:
             return
         seconds = (time.monotonic() - self._began) / len(sampled.groups)
-        new = [_Candidate(kept, _cost(kept.group, seconds)) for kept in kept_groups(sampled)]
+        new = [_Candidate(kept, Cost.of(kept.group, seconds)) for kept in kept_groups(sampled)]
         self._kept = sorted([*self._kept, *new], key=lambda candidate: candidate.interest)[: self.max_groups]
 
     def _log(self, trainer: Trainer, module: ThreadedModule, phase: str) -> None:
@@ -134,9 +133,3 @@ def _judged(one: _Candidate, module: ThreadedModule, phase: str) -> JudgedOutcom
     total, parts = total_reward(module.rewards, [one.kept.group], [one.kept.verdicts])
     rewards = {f"reward/{name}": float(value[0]) for name, value in {**parts, "total": total}.items()}
     return replace(record, statistics=rewards)
-
-
-def _cost(group: Group, seconds: float) -> Cost:
-    tokens = sum(thread.num_tokens for thread in group.threads)
-    columns = max((thread.columns[-1] + 1 for thread in group.threads if thread.columns), default=0)
-    return Cost(tokens=tokens, columns=columns, seconds=seconds)

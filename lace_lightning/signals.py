@@ -40,5 +40,5 @@ def stopping_anywhere() -> Iterator[None]:
         yield
     finally:
         for number, handler in previous.items():
-            if signal.getsignal(number) is handle:  # else a requeued job ignores what SLURM sends it
+            if signal.getsignal(number) is handle:  # else somebody has set another since
                 signal.signal(number, handler or signal.SIG_DFL)  # None: it was not set from Python

@@ -144,6 +144,12 @@ def test_ctrl_c_before_the_run_has_begun_ends_quietly_with_130(monkeypatch, caps
     assert capsys.readouterr().err == ""
 
 
+def test_a_demo_whose_folder_is_a_file_says_so(tmp_path, capsys):
+    (tmp_path / "taken").write_text("mine")
+    assert main(["demo", "--quick", "--folder", str(tmp_path / "taken")]) == 2
+    assert "taken" in capsys.readouterr().err and (tmp_path / "taken").read_text() == "mine"
+
+
 def raising(error: BaseException):
     def build(arguments: object) -> None:
         raise error

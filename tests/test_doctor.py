@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lace_lightning.cli import doctor, stages
+from lace_lightning.cli import doctor, doctor_checks, stages
 from lace_lightning.cli.main import main
 from lace_lightning.cli.planned import planned_run
 from lace_lightning.memory import Precision, knobs
@@ -89,6 +90,28 @@ def test_a_failed_check_is_named_and_ends_with_1(options: list[str], told: str, 
     assert main(["doctor", *(GPU if "--device_memory=0.01" in options else DEMO), *options]) == 1
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED")]
     assert any(told in line for line in lines), lines
+
+
+def test_secrets_in_settings_are_not_shown_nor_control_characters(capsys) -> None:
+    options = ["--data.init_args.traces=s3://me:hunter22@host/\x1b[2Jgone.jsonl"]
+    assert main(["doctor", *DEMO, *options]) == 1
+    told = capsys.readouterr().out
+    assert "gone.jsonl" in told and "hunter22" not in told and "\x1b" not in told
+
+
+def test_an_mlflow_logger_among_others_is_found() -> None:
+    mlflow = {"class_path": "lace_lightning.tracking.MLflowLogger", "init_args": {"tracking_uri": "http://127.0.0.1:9"}}
+    loggers = [{"class_path": "lightning.pytorch.loggers.CSVLogger"}, mlflow]
+    assert doctor_checks.tracking({"logger": loggers}).state == "failed"
+
+
+@pytest.mark.parametrize("given", [None, "1", "0"])
+def test_doctor_leaves_the_users_environment_as_it_was(given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    if given is not None:
+        monkeypatch.setenv("HF_HUB_OFFLINE", given)
+    main(["doctor", *DEMO, "--trainer.max_stepz=3"])
+    assert os.environ.get("HF_HUB_OFFLINE") == given
 
 
 def test_a_mistake_in_the_options_ends_with_2(capsys) -> None:

@@ -178,6 +178,14 @@ def test_the_card_shows_what_mlflow_knows_of_the_weights(run: Run, tmp_path: Pat
     assert "train/loss" not in card
 
 
+def test_a_store_that_cannot_be_read_is_named_and_nothing_is_written(run: Run, tmp_path: Path, monkeypatch, capsys):
+    (tmp_path / "mlflow.db").write_bytes(b"not a database at all")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    run.save(**{RUN: "0" * 32})
+    assert main(["export", run.checkpoint, str(tmp_path / "out")]) == 2
+    assert "mlflow.db" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 # ---------------------------------------------------------------- whole or absent
 
 

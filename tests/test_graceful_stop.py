@@ -16,12 +16,14 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from mlflow.tracking import MlflowClient
 
 from lace_lightning.callbacks.graceful_stop import GracefulStop
 from lace_lightning.checkpoint_io import AtomicCheckpointIO
 from lace_lightning.cli.main import main
 from lace_lightning.folder_lock import LOCK
+from lace_lightning.signals import Interrupted
 from tests.test_resume import sft_settings
 from tests.tracking_helpers import BATCHES_PER_EPOCH, VALIDATION_BATCHES, TinyModel, tiny_trainer
 
@@ -145,6 +147,21 @@ def test_signal_handlers_are_given_back(tmp_path: Path, end: str) -> None:
         trainer.fit(TinyModel(on_step))
     except (SystemExit, RuntimeError):
         assert end != "normal"
+    assert [signal.getsignal(number) for number, _ in SIGNALS] == before
+
+
+def test_signal_handlers_are_given_back_when_the_last_save_fails(tmp_path: Path, monkeypatch) -> None:
+    def no_room(*_: object) -> None:
+        raise OSError("no room")
+
+    stop, trainer, model = GracefulStop(), tiny_trainer(tmp_path), TinyModel()
+    model.trainer = trainer
+    trainer.state.fn = TrainerFn.FITTING
+    monkeypatch.setattr(stop, "_save_last_state", no_room)
+    before = [signal.getsignal(number) for number, _ in SIGNALS]
+    stop._install(model)
+    with pytest.raises(OSError, match="no room"):
+        stop.on_exception(trainer, model, Interrupted(143))
     assert [signal.getsignal(number) for number, _ in SIGNALS] == before
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lace_lightning.cli.demo_plan import FINAL, LANES, PRETRAIN, Step
+from lace_lightning.cli.main import explain
 from lace_lightning.cli.next_steps import say_next
 from lace_lightning.whole_file import write_text
 
@@ -65,6 +66,8 @@ def run(argv: Sequence[str]) -> int:
     except (LaneFailed, TrackingError) as error:
         print(f"lace demo: {error}", file=sys.stderr)
         return 1
+    except (OSError, ValueError) as error:  # the folder cannot be written, or holds something else
+        return explain(error)
     except KeyboardInterrupt:
         print(f"lace demo: stopped; what was done so far is in {options.folder}", file=sys.stderr)
         return 130

@@ -30,13 +30,14 @@ def run(argv: Sequence[str]) -> int:
     """Examine the stage that ``lace fit`` with the same options would run; the exit code: 0, 1 if a check failed, 2 for
     a mistake in the options."""
     given, rest = _parser().parse_known_args(argv)
-    was_offline = os.environ.setdefault("HF_HUB_OFFLINE", "1")  # what is not on this machine is not there
+    is_ours = "HF_HUB_OFFLINE" not in os.environ
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # what is not on this machine is not there
     try:
         return _examine(rest, given.device_memory)
     except _mistakes() as error:
         return explain(error)
     finally:
-        if was_offline == "1":
+        if is_ours:
             os.environ.pop("HF_HUB_OFFLINE", None)
 
 
@@ -204,8 +205,12 @@ def show_checks(console: Console, found: Sequence[Check]) -> None:
     marks = {"ok": "[green]ok[/green]    ", "note": "[yellow]note[/yellow]  ", "failed": "[red]FAILED[/red]"}
     from rich.markup import escape
 
+    from lace_lightning.printable import printable
+    from lace_lightning.tracking.redact import redact_lines
+
     for check in found:
-        console.print(f"{marks[check.state]}  {check.name}: {escape(check.detail)}", highlight=False, soft_wrap=True)
+        detail = escape(printable(redact_lines(check.detail)))
+        console.print(f"{marks[check.state]}  {check.name}: {detail}", highlight=False, soft_wrap=True)
 
 
 def _one_line(message: str) -> str:

@@ -137,9 +137,9 @@ def _named_files(value: Any, option: str) -> Iterator[tuple[str, str]]:
 
 def tracking(trainer: Mapping[str, Any]) -> Check:
     """Whether the tracking server answers."""
-    logger = trainer.get("logger")
-    if not isinstance(logger, Mapping) or not str(logger.get("class_path", "")).endswith("MLflowLogger"):
-        return Check("tracking", "note", f"trainer.logger={logger}: nothing goes to MLflow")
+    logger = _mlflow_logger(trainer)
+    if logger is None:
+        return Check("tracking", "note", f"trainer.logger={trainer.get('logger')}: nothing goes to MLflow")
     from lace_lightning.tracking import store
 
     try:
@@ -149,6 +149,15 @@ def tracking(trainer: Mapping[str, Any]) -> Check:
     except (ValueError, store.TrackingError) as error:
         return Check("tracking", "failed", str(error))
     return Check("tracking", "ok", f"{redact_uri(uri)}{' answers' if store.is_server(uri) else ''}")
+
+
+def _mlflow_logger(trainer: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The settings of the run's MLflow logger, the first if there are several."""
+    loggers = trainer.get("logger")
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        if isinstance(logger, Mapping) and str(logger.get("class_path", "")).endswith("MLflowLogger"):
+            return logger
+    return None
 
 
 def disk(trainer: Mapping[str, Any], run: Run) -> Check:
@@ -166,8 +175,7 @@ def disk(trainer: Mapping[str, Any], run: Run) -> Check:
 
 
 def _run_folder(trainer: Mapping[str, Any]) -> str:
-    logger = trainer.get("logger")
-    settings = logger.get("init_args", {}) if isinstance(logger, Mapping) else {}
+    settings = (_mlflow_logger(trainer) or {}).get("init_args", {})
     return settings.get("save_dir") or trainer.get("default_root_dir") or "."
 
 

@@ -100,6 +100,7 @@ def _export(given: argparse.Namespace) -> int:
 
 def _card(name: str, module: Any, data: Any, config: Path, checkpoint: Path) -> ModelCard:
     from lace_lightning.checkpoints import writer_of
+    from lace_lightning.cli.sources import example_of
     from lace_lightning.model_card import ModelCard, summaries
 
     run_id = writer_of(checkpoint)
@@ -110,17 +111,11 @@ def _card(name: str, module: Any, data: Any, config: Path, checkpoint: Path) -> 
         base=None if base is None or Path(base).expanduser().is_dir() else base,
         task=type(data.task).__name__,
         template=data.task.template,
-        prompt=_example(data),
+        prompt=example_of(data).text,
         max_new_tokens=module.validation.max_new_tokens,
         metrics=_tracked(run_id) | summaries(config.parent),
         run_id=run_id,
     )
-
-
-def _example(data: Any) -> str:
-    """The text of a problem that the run evaluates on."""
-    data.setup("predict")
-    return str(next(iter(data.predict_dataloader().dataset)).text)
 
 
 def _tracked(run_id: str | None) -> dict[str, float]:
@@ -131,11 +126,12 @@ def _tracked(run_id: str | None) -> dict[str, float]:
     uri = store.resolve_tracking_uri(None)
     if run_id is None or (not store.is_server(uri) and not Path(uri.removeprefix("sqlite:///")).is_file()):
         return {}
-    client = store.connect(uri)
-    model_id = model_of(client, run_id)
-    if model_id is None:
-        return {}
-    metrics = sorted(client.get_logged_model(model_id).metrics or [], key=lambda metric: metric.timestamp)
+    with store.remedies(uri):
+        client = store.connect(uri)
+        model_id = model_of(client, run_id)
+        if model_id is None:
+            return {}
+        metrics = sorted(client.get_logged_model(model_id).metrics or [], key=lambda metric: metric.timestamp)
     return {metric.key: metric.value for metric in metrics if metric.key.startswith(("val/", "test/"))}
 
 

@@ -10,6 +10,8 @@ import torch
 from lace_lightning.cli.main import MISTAKE
 from lace_lightning.memory import Estimate, Knob, estimate, knobs
 from lace_lightning.memory.estimate import CONTEXT
+from lace_lightning.printable import printable
+from lace_lightning.tracking.redact import redact_lines
 
 _SHOWN = 3
 
@@ -27,7 +29,7 @@ def explain_out_of_memory(error: torch.OutOfMemoryError, arguments: Sequence[str
         lines += _remedies(arguments)
     except Exception as reason:  # a second error must not hide the first
         lines.append(f"(no estimate of what it should have taken: {reason})")
-    print("\n".join(lines), file=sys.stderr)
+    print("\n".join(printable(redact_lines(line)) for line in lines), file=sys.stderr)
     return MISTAKE
 
 

@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _register(given: argparse.Namespace) -> tuple[str, str]:
     from lace_lightning.checkpoints import writer_of
-    from lace_lightning.cli.sources import load_stage
+    from lace_lightning.cli.sources import example_of, load_stage
     from lace_lightning.tracking.register import register
 
     module, data, config, checkpoint = load_stage(given)
@@ -54,16 +54,10 @@ def _register(given: argparse.Namespace) -> tuple[str, str]:
     if run_id is None:
         raise ValueError(f"{checkpoint} does not say which MLflow run wrote it: train with MLflowLogger, then register")
     assert module.model is not None
-    example = next(iter(_problems(data)))
     return register(
-        module.model, _task_of(config), module.validation, data.max_length, example, given.name, run_id,
+        module.model, _task_of(config), module.validation, data.max_length, example_of(data), given.name, run_id,
         given.tracking_uri,
     )  # fmt: skip
-
-
-def _problems(data: Any) -> Any:
-    data.setup("predict")
-    return data.predict_dataloader().dataset
 
 
 def _task_of(config: Path) -> dict[str, Any]:

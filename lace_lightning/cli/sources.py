@@ -239,6 +239,13 @@ def _newest_checkpoint(run: Path) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
+def example_of(data: GroupData) -> Problem:
+    """A problem that the run evaluates on."""
+    data.setup("predict")
+    problems: Any = data.predict_dataloader().dataset  # type: ignore[union-attr]  # setup raises if there are none
+    return next(iter(problems))
+
+
 def _problem_at(data: GroupData, index: int) -> Problem:
     """Problem number ``index`` of those that the run's DataModule evaluates on; of a puzzle's there is no last one."""
     if data.problems is None and isinstance(data.task, Puzzle):

@@ -28,6 +28,12 @@ class Cost:
     columns: int = 0
     seconds: float = 0.0
 
+    @classmethod
+    def of(cls, group: Group, seconds: float, prompt_tokens: int = 0) -> Cost:
+        """What writing a group took."""
+        columns = max((thread.columns[-1] + 1 for thread in group.threads if thread.columns), default=0)
+        return cls(prompt_tokens, sum(thread.num_tokens for thread in group.threads), columns, seconds)
+
     def __add__(self, other: Cost) -> Cost:
         return Cost(
             self.prompt_tokens + other.prompt_tokens,

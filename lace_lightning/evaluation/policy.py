@@ -89,7 +89,7 @@ class ModelPolicy:
         seconds = (self._now() - start) / len(groups)
         prompt_tokens = rollout.attention_mask[:, 0, : rollout.prompt_length].sum(-1).tolist()
         self._inspect(groups, rollout)
-        costs = [_cost(group, count, seconds) for group, count in zip(groups, prompt_tokens, strict=True)]
+        costs = [Cost.of(group, seconds, count) for group, count in zip(groups, prompt_tokens, strict=True)]
         return Played(groups, costs)
 
     def take_inspections(self, threads: Sequence[Thread]) -> list[Inspection | None]:
@@ -118,12 +118,6 @@ class ModelPolicy:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return perf_counter()
-
-
-def _cost(group: Group, prompt_tokens: int, seconds: float) -> Cost:
-    columns = max((thread.columns[-1] + 1 for thread in group.threads if thread.columns), default=0)
-    tokens = sum(thread.num_tokens for thread in group.threads)
-    return Cost(prompt_tokens, tokens, columns, seconds)
 
 
 @dataclass(frozen=True)

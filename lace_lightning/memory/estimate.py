@@ -40,7 +40,7 @@ def estimate(run: Run) -> Estimate:
     """Count one run."""
     phases = []
     if run.training is not None:
-        phases += [_loss(run, run.training), _backward(run, run.training), _step(run)]
+        phases += [_loss(run), _backward(run, run.training), _step(run)]
     for name, decoding in (("rollout", run.rollout), ("validation", run.validation)):
         if decoding is not None:
             phases += [_decoding(run, name, decoding)]
@@ -73,7 +73,7 @@ def _gradients(run: Run) -> dict[str, int]:
     return {"gradients": run.shape.trained * run.precision.weights // run.shards}
 
 
-def _loss(run: Run, batch: Pass) -> Phase:
+def _loss(run: Run) -> Phase:
     """The end of the forward pass: all activations, and the head at work."""
     parts = _standing(run) | _kept_rollout(run) | (_gradients(run) if run.keeps_gradients else {})
     parts["activations"] = kept_by_all_layers(run) + head.hidden_states(run)

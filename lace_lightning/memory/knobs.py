@@ -28,11 +28,11 @@ def _changes(run: Run) -> Iterator[tuple[str, Run]]:
     """(option, the run with it)."""
     if run.training is not None:
         yield from _training_changes(run)
-    for name, option in (("rollout", "rollout"), ("validation", "validation")):
+    for name in ("rollout", "validation"):
         decoding: Decoding | None = getattr(run, name)
         if decoding is not None and decoding.new > 1:
             half = replace(decoding, new=decoding.new // 2)
-            yield f"--model.init_args.{option}.max_new_tokens={half.new}", _with(run, **{name: half})
+            yield f"--model.init_args.{name}.max_new_tokens={half.new}", _with(run, **{name: half})
     if run.rollout is not None and run.rollout.groups > 1:
         half = replace(run.rollout, groups=run.rollout.groups // 2)
         yield f"--model.init_args.rollout.groups_at_once={half.groups}", _with(run, rollout=half)

@@ -34,7 +34,6 @@ class Precision:
     @classmethod
     def of(cls, trainer: str, dtype: str) -> Precision:
         """From ``trainer.precision`` and ``model.spec.dtype``; autocast leaves hidden states as the embedding is."""
-        trainer = str(trainer)
         weights = 2 if trainer.endswith("-true") and not trainer.startswith("32") else _BYTES.get(dtype, 4)
         weights = {"64-true": 8, "64": 8}.get(trainer, weights)
         return cls(weights, 2 if trainer.endswith("-mixed") else weights, weights)

@@ -18,6 +18,7 @@ from lace_lightning.tracking.store import TrackingError
 from lace_lightning.tracking.weights import model_of
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
     from mlflow.models import ModelSignature
 
 
@@ -51,7 +52,8 @@ def register(
     uri = store.resolve_tracking_uri(tracking_uri)
     client = store.connect(uri)
     store.check(client, uri)
-    model_id = model_of(client, run_id)
+    with store.remedies(uri):
+        model_id = model_of(client, run_id)
     if model_id is None:
         raise TrackingError(
             f"{store.redact_uri(uri)} does not know the checkpoint of run {run_id}: send what is left with `lace sync` "
@@ -66,12 +68,17 @@ def register(
         save_pyfunc(files, example, Path(folder, "model"))
         with store.remedies(uri):
             client.log_model_artifacts(model_id, str(Path(folder, "model")))
+    with store.remedies(uri):
+        version = _new_version(client, name, run_id, model_id)
+    return version, f"models:/{name}/{version}"
+
+
+def _new_version(client: MlflowClient, name: str, run_id: str, model_id: str) -> str:
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
     # Not models:/<id>, which MLflow's sqlite store looks up in the process's global store.
     source = client.get_logged_model(model_id).artifact_location
-    version = client.create_model_version(name, source, run_id, model_id=model_id)
-    return str(version.version), f"models:/{name}/{version.version}"
+    return str(client.create_model_version(name, source, run_id, model_id=model_id).version)
 
 
 def save_pyfunc(files: Path, example: Problem, folder: Path) -> None:
