@@ -31,7 +31,7 @@ MEASURED_TOKENS = 36_872
 """Training tokens per second of 1.7B with recomputed activations, causal: docs/performance.md, Training."""
 COLUMN = {"qwen3-1.7b": 3.447e-3, "qwen3-4b": 4.824e-3}
 """Seconds per decoded column of 128 threads, causal: docs/performance.md, Rollouts and Decoding."""
-COLUMN_ALONE = {"qwen3-1.7b": 1.396e-3, "qwen3-4b": 2.894e-3}
+COLUMN_ALONE = {"qwen3-1.7b": 1.342e-3, "qwen3-4b": 2.823e-3}
 """The same of a single group of four threads."""
 SFT_TOKENS = 2 * 4 * 2048
 GROUPS, THREADS, PROMPT, NEW, MICROBATCHES = 32, 4, 128, 512, 4
