@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: there is no room; the message names the file and how much is free. Whatever else the block raises.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Hosts that share the folder may have processes of the same number.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.part")
     try:
         with _room_explained(path):
             yield unfinished

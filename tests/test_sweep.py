@@ -26,6 +26,7 @@ from mlflow.tracking import MlflowClient
 from rich.console import Console
 
 from lace_lightning.cli.shipped import SHIPPED
+from lace_lightning.cli.sweep import _again
 from lace_lightning.evaluation.store import Store as EvaluationStore
 from lace_lightning.evaluation.store import StoreError
 from lace_lightning.sweep import process as process_module
@@ -674,3 +675,9 @@ def test_figures_fit_the_rows_and_reports_hold_them(tmp_path):
         Console(file=(printed := StringIO()), width=120).print(table(result))
         assert "[b]quick" in printed.getvalue()
     assert all(name == kind for name, kind in kinds.items())
+
+
+def test_the_next_command_goes_on_with_the_same_study_and_shows_no_password():
+    options = RunOptions("my sweep.yaml", "postgresql://me:hunter22@host/sweeps", 8, ["0", "1"])
+    assert _again(options) == "lace sweep 'my sweep.yaml' --storage postgresql://host/sweeps --workers 8 --gpus 0,1"
+    assert _again(RunOptions("sweep.yaml")) == "lace sweep sweep.yaml"

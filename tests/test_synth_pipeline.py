@@ -274,3 +274,20 @@ def test_a_stage_killed_again_and_again_is_handed_only_the_rows_that_are_not_don
     assert outcome.kept == [{**row, "done": True} for row in rows]
     folder.stage("judging", "settings", rows[:2], work)
     assert handed[-1] == [0, 1]
+
+
+def test_a_journal_that_we_did_not_write_is_named_and_kept(tmp_path):
+    folder, rows = work_folder.WorkFolder(tmp_path), [{"position": 0}]
+    with pytest.raises(OSError, match="broke off"):
+        folder.stage("sampling", "settings", rows, broken_off)
+    journal = next(tmp_path.glob("*partial*"))
+    journal.write_text(journal.read_text() + '{"no": "position"}\n')
+    before = journal.read_bytes()
+    with pytest.raises(ValueError, match=f"{journal.name}.*no position"):
+        folder.stage("sampling", "settings", rows, broken_off)
+    assert journal.read_bytes() == before
+
+
+def broken_off(todo):
+    raise OSError("broke off")
+    yield

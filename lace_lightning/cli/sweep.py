@@ -17,7 +17,7 @@ from lace_lightning.cli.next_steps import say_next
 
 if TYPE_CHECKING:
     from lace_lightning.sweep.plan import Trial
-    from lace_lightning.sweep.runner import Runner
+    from lace_lightning.sweep.runner import Runner, RunOptions
     from lace_lightning.sweep.spec import SweepSpec
     from lace_lightning.sweep.table import Result
 
@@ -124,7 +124,7 @@ def _run(sweep: SweepSpec, given: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         runner.write()
         print(f"\nlace sweep: stopped; what was done so far is in {runner.folder}", file=sys.stderr)
-        say_next(("go on from there", f"lace sweep {shlex.quote(given.file)}"))
+        say_next(("go on from there", _again(options)))
         return INTERRUPTED
     _show(result, runner)
     return 1 if result.failures or result.num_open else 0
@@ -144,7 +144,7 @@ def _show(result: Result, runner: Runner) -> None:
 
 
 def _next(result: Result, runner: Runner) -> Iterator[tuple[str, str]]:
-    again = f"lace sweep {shlex.quote(runner.options.source)}"
+    again = _again(runner.options)
     if result.num_open:
         yield "go on with the trials that are open", again
     if result.failures:
@@ -153,6 +153,20 @@ def _next(result: Result, runner: Runner) -> Iterator[tuple[str, str]]:
         yield "look at the threads of the last row", f"lace view {shlex.quote(str(outcomes))}"
     if result.sweep.tracking is not None:
         yield "browse the trials in MLflow", "lace ui"
+
+
+def _again(options: RunOptions) -> str:
+    """The command that goes on with the same study; a password in the storage's address is left to the user."""
+    from lace_lightning.tracking.redact import redact_uri
+
+    words = ["lace", "sweep", options.source]
+    if options.storage is not None:
+        words += ["--storage", redact_uri(options.storage)]
+    if options.workers > 1:
+        words += ["--workers", str(options.workers)]
+    if options.gpus:
+        words += ["--gpus", ",".join(options.gpus)]
+    return shlex.join(words)
 
 
 def _tell(message: str) -> None:

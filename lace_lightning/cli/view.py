@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lace view",
         description="Show threads side by side: what each wrote, how far its gates stood open, and what it read.",
-        epilog="examples:\n  lace view runs/eval/puzzles\n  lace view runs/demo/sft          the groups of the last "
+        epilog="examples:\n  lace view runs/eval/puzzles\n  lace view runs/demo/RUN          the groups of its last "
         "validation\n  lace view runs/eval/puzzles --out=page.html --no-open",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -139,10 +139,16 @@ class WorkFolder:
 
 
 def _read_journal(path: Path, origin: dict[str, str]) -> list[Row]:
-    """The rows done before; the file is cut to them, or begun anew if it was from other settings or rows."""
+    """The rows done before; the file is cut to them, or begun anew if it was from other settings or rows.
+
+    Raises:
+        ValueError: the file was not written by us.
+    """
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # what has no line end was cut by a kill
     whole = parse_rows(lines, path)
     if whole and whole[0] == origin:
+        if any("position" not in row for row in whole[1:]):
+            raise ValueError(f"{path}: a row has no position: move the file away to begin this stage anew")
         with path.open("r+b") as file:
             file.truncate(sum(len(line) + 1 for line in lines))
     else:
