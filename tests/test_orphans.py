@@ -51,13 +51,14 @@ def test_a_rank_ends_after_its_killed_launcher(grace: float, ends: bool) -> None
     assert (f"process {launcher.pid}, has died" in said) == ends
 
 
-@pytest.mark.parametrize(("alive", "ends"), [(False, True), (True, False)])
+@pytest.mark.parametrize(("lace_is", "ends"), [("gone", True), ("a zombie", True), ("alive", False)])
 def test_a_rank_that_starts_after_its_lace_has_died_ends_and_one_below_another_launcher_does_not(
-    alive: bool, ends: bool
+    lace_is: str, ends: bool
 ) -> None:
     done = subprocess.Popen(["true"])
-    done.wait()
-    lace = str(os.getpid() if alive else done.pid)
+    if lace_is == "gone":
+        done.wait()
+    lace = str(os.getpid() if lace_is == "alive" else done.pid)
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCHER, RANK.format(grace=0.0), lace], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
@@ -74,6 +75,7 @@ def test_a_rank_that_starts_after_its_lace_has_died_ends_and_one_below_another_l
         rank.kill()
         launcher.kill()
         launcher.communicate()
+        done.wait()
 
 
 def test_a_process_of_its_own_watches_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,15 @@ def _launcher() -> int:
     """Process id of the launcher: our parent, unless the ``lace`` that launched us died before we came here."""
     parent = os.getppid()
     lace = int(os.environ.get(LAUNCHER, parent))
-    return parent if psutil.pid_exists(lace) else lace
+    return parent if _is_alive(lace) else lace
+
+
+def _is_alive(process: int) -> bool:
+    """Whether it runs; one that was killed and that nobody has waited for yet does not."""
+    try:
+        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _watch(launcher: int, grace: float) -> None:
