@@ -240,10 +240,17 @@ def peaks() -> Iterator[tuple[str, int, Run]]:
                 yield str(case), row["peak_bytes"], memory.run_of(case, memory.build(case, torch.device("meta")))
 
 
+OVERESTIMATED = {
+    "grpo bf16-mixed 16 x 4 x (256 + 512), microbatch 4, has_holes, checkpointing": 0.09,
+    "sft bf16-mixed 2 x 4 x (256 + 1792), has_holes, compile": 0.03,
+}
+"""Where more is counted than was seen; asked for is 15 %."""
+
+
 def test_predicted_peaks_of_all_stages_are_near_the_measured_ones() -> None:
     errors = {name: estimate(run).peak.total / peak - 1 for name, peak, run in peaks()}
-    assert len(errors) >= 7
-    assert {name: error for name, error in errors.items() if abs(error) > 0.02} == {}
+    assert len(errors) >= 12 and OVERESTIMATED.keys() <= errors.keys()
+    assert {name: error for name, error in errors.items() if not -0.02 < error < OVERESTIMATED.get(name, 0.02)} == {}
 
 
 # ---------------------------------------------------------------- knobs
