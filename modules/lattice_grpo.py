@@ -21,8 +21,9 @@ from lace_lightning.dealing import deal
 from lace_lightning.decoding import Rollout, group_seed
 from lace_lightning.embedding import Embedder
 from lace_lightning.model_spec import ModelSpec
-from lace_lightning.modules.base import DecodingSpec, SampledGroups, ThreadedModule
+from lace_lightning.modules.base import DecodingSpec, ThreadedModule
 from lace_lightning.modules.optimizer import OptimizerSpec
+from lace_lightning.modules.sampled_groups import SampledGroups
 from lace_lightning.policy_loss import LossOutput, PolicyLoss
 from lace_lightning.rewards import AccuracyReward, Reward, group_advantages, total_reward
 from lace_lightning.sharding import whole
