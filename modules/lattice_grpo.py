@@ -21,12 +21,13 @@ from lace_lightning.decoding import Rollout, group_seed
 from lace_lightning.embedding import Embedder
 from lace_lightning.model_spec import ModelSpec
 from lace_lightning.modules.base import DecodingSpec, ThreadedModule
+from lace_lightning.modules.group_table import GroupTable
 from lace_lightning.modules.optimizer import OptimizerSpec
 from lace_lightning.modules.sampled_groups import SampledGroups
 from lace_lightning.modules.scoring import groups_at_once, logprob_gaps, score, score_all
 from lace_lightning.modules.step_clock import StepClock
 from lace_lightning.policy_loss import LossOutput, PolicyLoss
-from lace_lightning.rewards import AccuracyReward, Reward, group_advantages, total_reward
+from lace_lightning.rewards import AccuracyReward, Reward, group_advantages
 from lace_lightning.sharding import whole
 from lace_lightning.threaded_lm import ThreadedLM
 from lace_lightning.traces.schema import Problem
@@ -128,8 +129,8 @@ class LatticeGRPO(ThreadedModule):
             sampled = self._sample_some(problems, own or [0])  # a process without a group keeps in step with others
             sampled = sampled if own else replace(sampled, groups=[], verdicts=[])
         with clock.measure("reward"):
-            table = self._table(sampled, own, len(problems))
-            by_problem = table["reward/total"].view(len(batch), self.groups_per_problem)
+            table = GroupTable.of(sampled, self.rewards, own, len(problems), self.add_up)
+            by_problem = table.rewards.view(len(batch), self.groups_per_problem)
             advantages = group_advantages(by_problem, self.advantage_scale).flatten().to(self.device)
         self.at_hand = sampled, by_problem
         with clock.measure("update"):
@@ -149,21 +150,6 @@ class LatticeGRPO(ThreadedModule):
         seeds = self._rollout_seeds(problems)
         with whole(self._model()):
             return self.sample([problems[i] for i in groups], self.rollout, [seeds[i] for i in groups])
-
-    def _table(self, sampled: SampledGroups, own: Sequence[int], num_groups: int) -> dict[str, Tensor]:
-        """Numbers of all groups of all processes, (num_groups,) float64 by name; ``sampled`` holds those of ``own``."""
-        rewards, parts = total_reward(self.rewards, sampled.groups, sampled.verdicts)
-        rollout, chosen = sampled.rollout, sampled.rollout.chosen
-        columns = {f"reward/{name}": values for name, values in (parts | {"total": rewards}).items()} | {
-            "tokens": rollout.attention_mask[..., rollout.prompt_length :].sum((1, 2)),
-            "truncated": 1 - rollout.finished.double().mean(1),
-            "chosen": chosen.sum((1, 2)),
-            "surprise": -(rollout.logprobs.double() * chosen).sum((1, 2)),
-        }
-        rows = torch.stack([column[: len(own)].to(self.device, torch.float64) for column in columns.values()])
-        table = rows.new_zeros(len(columns), num_groups)
-        table[:, list(own)] = rows
-        return dict(zip(columns, self.add_up(table).cpu(), strict=True))
 
     def _rollout_seeds(self, problems: Sequence[Problem]) -> list[int]:
         return [
@@ -262,20 +248,17 @@ class LatticeGRPO(ThreadedModule):
 
     def _log_step(
         self,
-        table: dict[str, Tensor],
+        table: GroupTable,
         rewards: Tensor,
         outputs: list[LossOutput],
         clock: StepClock,
     ) -> None:
         num_clipped = sum(output.num_clipped for output in outputs)
         num_chosen = sum(output.num_chosen for output in outputs)
-        metrics: dict[str, Any] = {name: row.mean() for name, row in table.items() if name.startswith("reward/")} | {
+        metrics: dict[str, Any] = table.metrics() | {
             "reward/tied_problems": (rewards.amax(1) == rewards.amin(1)).float().mean(),
             "policy/loss": torch.stack([output.loss for output in outputs]).mean(),
             "policy/clipped": num_clipped / max(1, num_chosen),
-            "policy/entropy": table["surprise"].sum() / table["chosen"].sum(),
-            "rollout/tokens": table["tokens"].mean(),
-            "rollout/truncated": table["truncated"].mean(),
         }
         if self.loss.kl_weight:
             metrics["policy/kl"] = torch.stack([output.kl for output in outputs]).mean()
