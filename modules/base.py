@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import MISSING, dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -25,35 +22,24 @@ from lace_lightning.checkpoints import (
     weights_of,
 )
 from lace_lightning.datamodules.base import GroupData
-from lace_lightning.decoding import DecodingSpec, Group, Rollout, group_seed, play_groups
+from lace_lightning.decoding import DecodingSpec, group_seed
 from lace_lightning.embedding import Embedder, NgramEmbedder
 from lace_lightning.metrics import GroupMetrics, TagConfusion
 from lace_lightning.metrics.names import TAG_METRICS
 from lace_lightning.model_spec import ModelSpec
 from lace_lightning.modules.optimizer import OptimizerSpec
-from lace_lightning.rewards import Reward
+from lace_lightning.modules.sampled_groups import SampledGroups
+from lace_lightning.modules.stage_settings import SETTINGS, check_settings, settings_text
 from lace_lightning.sharding import shard, whole
-from lace_lightning.tasks import Verdict
 from lace_lightning.threaded_lm import ThreadedLM
 from lace_lightning.traces.schema import Problem
 
-SETTINGS = "lace_settings"
-"""Key of a checkpoint: the settings of the run that wrote it, as JSON."""
 SEED = "lace_seed"
 """Key of a checkpoint: the seed of what is random inside the model."""
 
 
 class NonFiniteLossError(ArithmeticError):
     """The loss is NaN or infinite."""
-
-
-@dataclass(frozen=True)
-class SampledGroups:
-    """Decoded groups with the verdicts (B, N) on their threads and, for training, their tensors."""
-
-    groups: list[Group]
-    verdicts: list[list[Verdict]]
-    rollout: Rollout
 
 
 class ThreadedModule(LightningModule):
@@ -164,7 +150,7 @@ class ThreadedModule(LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint[TRAINED] = sorted(trained)
         checkpoint[FROZEN] = sample_frozen(self)
-        checkpoint[SETTINGS] = json.dumps(dict(_flatten(self.settings())))
+        checkpoint[SETTINGS] = settings_text(self.settings())
         checkpoint[SEED] = self._seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -177,23 +163,12 @@ class ThreadedModule(LightningModule):
         path, own = self.trainer.ckpt_path or "", self.state_dict()
         weights = weights_of(checkpoint, path)
         if self.trainer.training:
-            self._check_settings(json.loads(checkpoint[SETTINGS]), path)
+            check_settings(checkpoint[SETTINGS], self.settings(), path)
             self._seed = checkpoint[SEED]
         check_fit(weights, own, path)
         if missing := sorted(self.trained_names() - set(weights)):
             raise CheckpointError(f"checkpoint {path} lacks {len(missing)} trained tensors, {missing[0]} among them")
         check_frozen(checkpoint, own | weights, path)
-
-    def _check_settings(self, then: dict[str, str], path: str | Path) -> None:
-        now, default = dict(_flatten(self.settings())), dict(_defaults(self.settings()))
-        # A setting that is younger than the checkpoint was at its default.
-        values = {name: (then.get(name, default.get(name, "not set")), now.get(name, "not set")) for name in then | now}
-        changed = [f"model.{name} was {old} and is {new}" for name, (old, new) in values.items() if old != new]
-        if changed:
-            raise CheckpointError(
-                f"--ckpt_path {path} resumes a run as it was, but {'; '.join(changed)}. To start a new run from these "
-                "weights, give the file as model.init_from instead"
-            )
 
     # ---------------------------------------------------------------- optimisation
 
@@ -240,16 +215,11 @@ class ThreadedModule(LightningModule):
     def sample(self, problems: Sequence[Problem], spec: DecodingSpec, seeds: Sequence[int]) -> SampledGroups:
         """Decode one group per problem and judge its threads; the model's mode is kept."""
         assert self.model is not None
-        data = self.data
         self.is_sampling = True
         try:
-            groups, rollout = play_groups(self.model, data.task, data.tokenizer, problems, seeds, spec, data.max_length)
-            flat = data.task.judge([(group.problem, thread) for group in groups for thread in group.threads])
+            return SampledGroups.of(self.model, self.data, problems, spec, seeds)
         finally:
             self.is_sampling = False
-        num_threads = len(groups[0].threads)
-        verdicts = [flat[i : i + num_threads] for i in range(0, len(flat), num_threads)]
-        return SampledGroups(groups, verdicts, rollout)
 
     def validation_step(self, batch: list[Problem], batch_idx: int) -> dict[str, SampledGroups]:
         return {"sampled": self._evaluate("val", batch)}
@@ -310,39 +280,3 @@ class ThreadedModule(LightningModule):
     def evaluation_metrics(self, name: str) -> tuple[GroupMetrics, TagConfusion]:
         """The metrics of ``val`` or ``test``, holding what the last epoch saw."""
         return cast(GroupMetrics, self.group_metrics[name]), cast(TagConfusion, self.tag_metrics[name])
-
-
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, repr) of every leaf of nested dicts, lists, dataclasses and rewards."""
-    if isinstance(value, dict):
-        items = list(value.items())
-    elif isinstance(value, list):
-        items = list(enumerate(value))
-    elif is_dataclass(value):
-        told = [f for f in fields(value) if not f.metadata.get("neutral")]
-        items = [("type", type(value).__name__), *((f.name, getattr(value, f.name)) for f in told)]
-    elif isinstance(value, Reward):
-        plain = {name: part for name, part in vars(value).items() if isinstance(part, bool | int | float | str)}
-        items = [("type", type(value).__name__), *plain.items()]
-    else:
-        yield prefix, repr(value)
-        return
-    for name, part in items:
-        yield from _flatten(part, f"{prefix}.{name}" if prefix else str(name))
-
-
-def _defaults(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, repr) of every leaf of nested dicts and dataclasses that has a default, as it is by default."""
-    items: list[tuple[str, Any]] = []
-    if isinstance(value, dict):
-        items = list(value.items())
-    elif is_dataclass(value):
-        items = [(f.name, getattr(value, f.name)) for f in fields(value)]
-        for f in fields(value):
-            name = f"{prefix}.{f.name}" if prefix else f.name
-            if f.default is not MISSING:
-                yield from _flatten(f.default, name)
-            elif f.default_factory is not MISSING:
-                yield from _flatten(f.default_factory(), name)
-    for name, part in items:
-        yield from _defaults(part, f"{prefix}.{name}" if prefix else name)

@@ -7,9 +7,8 @@ between samplers, since the trainer samples with its own weights.
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -21,16 +20,17 @@ from lace_lightning.dealing import deal
 from lace_lightning.decoding import Rollout, group_seed
 from lace_lightning.embedding import Embedder
 from lace_lightning.model_spec import ModelSpec
-from lace_lightning.modules.base import DecodingSpec, SampledGroups, ThreadedModule
+from lace_lightning.modules.base import DecodingSpec, ThreadedModule
+from lace_lightning.modules.group_table import GroupTable
 from lace_lightning.modules.optimizer import OptimizerSpec
+from lace_lightning.modules.sampled_groups import SampledGroups
+from lace_lightning.modules.scoring import groups_at_once, logprob_gaps, score, score_all
+from lace_lightning.modules.step_clock import StepClock
 from lace_lightning.policy_loss import LossOutput, PolicyLoss
-from lace_lightning.rewards import AccuracyReward, Reward, group_advantages, total_reward
+from lace_lightning.rewards import AccuracyReward, Reward, group_advantages
 from lace_lightning.sharding import whole
 from lace_lightning.threaded_lm import ThreadedLM
 from lace_lightning.traces.schema import Problem
-
-CPU_TOKENS = 4096
-"""Tokens per pass on a CPU: activations of more leave its cache, and their memory goes back to the system each time."""
 
 
 class LatticeGRPO(ThreadedModule):
@@ -122,15 +122,15 @@ class LatticeGRPO(ThreadedModule):
 
     def training_step(self, batch: list[Problem], batch_idx: int) -> dict[str, Any]:
         """Sample, reward, and take ``passes * minibatches`` optimizer steps."""
-        clock = _Clock(self.device)
+        clock = StepClock(self.device)
         problems = [problem for problem in batch for _ in range(self.groups_per_problem)]
         with clock.measure("rollout"):
             own = self._deal(problems)
             sampled = self._sample_some(problems, own or [0])  # a process without a group keeps in step with others
             sampled = sampled if own else replace(sampled, groups=[], verdicts=[])
         with clock.measure("reward"):
-            table = self._table(sampled, own, len(problems))
-            by_problem = table["reward/total"].view(len(batch), self.groups_per_problem)
+            table = GroupTable.of(sampled, self.rewards, own, len(problems), self.add_up)
+            by_problem = table.rewards.view(len(batch), self.groups_per_problem)
             advantages = group_advantages(by_problem, self.advantage_scale).flatten().to(self.device)
         self.at_hand = sampled, by_problem
         with clock.measure("update"):
@@ -151,21 +151,6 @@ class LatticeGRPO(ThreadedModule):
         with whole(self._model()):
             return self.sample([problems[i] for i in groups], self.rollout, [seeds[i] for i in groups])
 
-    def _table(self, sampled: SampledGroups, own: Sequence[int], num_groups: int) -> dict[str, Tensor]:
-        """Numbers of all groups of all processes, (num_groups,) float64 by name; ``sampled`` holds those of ``own``."""
-        rewards, parts = total_reward(self.rewards, sampled.groups, sampled.verdicts)
-        rollout, chosen = sampled.rollout, sampled.rollout.chosen
-        columns = {f"reward/{name}": values for name, values in (parts | {"total": rewards}).items()} | {
-            "tokens": rollout.attention_mask[..., rollout.prompt_length :].sum((1, 2)),
-            "truncated": 1 - rollout.finished.double().mean(1),
-            "chosen": chosen.sum((1, 2)),
-            "surprise": -(rollout.logprobs.double() * chosen).sum((1, 2)),
-        }
-        rows = torch.stack([column[: len(own)].to(self.device, torch.float64) for column in columns.values()])
-        table = rows.new_zeros(len(columns), num_groups)
-        table[:, list(own)] = rows
-        return dict(zip(columns, self.add_up(table).cpu(), strict=True))
-
     def _rollout_seeds(self, problems: Sequence[Problem]) -> list[int]:
         return [
             group_seed("rollout", self.rollout.seed, self.global_step, problem.id, index % self.groups_per_problem)
@@ -185,10 +170,10 @@ class LatticeGRPO(ThreadedModule):
         gaps: list[Tensor] = []
         old = reference = None
         if self.passes * self.minibatches > 1:
-            old = self._score_all(self._model(), rollout)
+            old = score_all(self._model(), rollout, self.microbatch_size)
             gaps += [logprob_gaps(old, rollout)] if own else []
         if self._reference:
-            reference = self._score_all(self._reference[0].to(self.device), rollout)
+            reference = score_all(self._reference[0].to(self.device), rollout, self.microbatch_size)
         # Fixed by the run's seed and step, so that a resumed run draws the same minibatches.
         generator = torch.Generator().manual_seed(group_seed("minibatches", self.rollout.seed, self.global_step))
         place = torch.full((len(advantages),), -1)  # of each group in the rollout, if it is there
@@ -231,7 +216,7 @@ class LatticeGRPO(ThreadedModule):
         totals = torch.zeros(len(LossOutput._fields), device=self.device)
         micros = self._microbatches(rollout, groups[learns], weights[learns])
         for number, (micro, micro_weights) in enumerate(micros, start=1):
-            logprobs = self._score(self._model(), rollout, micro)
+            logprobs = score(self._model(), rollout, micro)
             before = logprobs.detach() if old is None else old[micro]
             if old is None and micro_weights.any():
                 gaps.append(logprob_gaps(before, rollout, micro))
@@ -244,7 +229,7 @@ class LatticeGRPO(ThreadedModule):
 
     def _microbatches(self, rollout: Rollout, groups: Tensor, weights: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Groups and weights of each pass; all processes take equally many, and what one lacks counts for nothing."""
-        size = self._groups_at_once(rollout)
+        size = groups_at_once(rollout, self.microbatch_size)
         micros = list(zip(groups.split(size), weights.split(size), strict=True)) if len(groups) else []
         num_passes = self.trainer.strategy.reduce(torch.tensor(len(micros), device=self.device), reduce_op="max")
         stand_in = groups.new_zeros(1), weights.new_zeros(1, *weights.shape[1:])
@@ -259,44 +244,21 @@ class LatticeGRPO(ThreadedModule):
         assert self.model is not None
         return self.model
 
-    def _score(self, model: ThreadedLM, rollout: Rollout, groups: Tensor) -> Tensor:
-        """(len(groups), N, L) log-probabilities of the chosen tokens, with the exchange on."""
-        return model.token_logprobs(
-            rollout.input_ids[groups], rollout.attention_mask[groups], rollout.chosen[groups], rollout.prompt_length
-        )
-
-    @torch.no_grad()
-    def _score_all(self, model: ThreadedLM, rollout: Rollout) -> Tensor:
-        everything = torch.arange(len(rollout.input_ids), device=self.device)
-        parts = everything.split(self._groups_at_once(rollout))
-        with whole(model):
-            return torch.cat([self._score(model, rollout, groups) for groups in parts])
-
-    def _groups_at_once(self, rollout: Rollout) -> int:
-        """Groups per forward and backward pass."""
-        num_groups, num_threads, columns = rollout.input_ids.shape
-        if self.microbatch_size is not None or self.device.type != "cpu":
-            return self.microbatch_size or num_groups
-        return max(1, CPU_TOKENS // (num_threads * columns))
-
     # ---------------------------------------------------------------- logging
 
     def _log_step(
         self,
-        table: dict[str, Tensor],
+        table: GroupTable,
         rewards: Tensor,
         outputs: list[LossOutput],
-        clock: _Clock,
+        clock: StepClock,
     ) -> None:
         num_clipped = sum(output.num_clipped for output in outputs)
         num_chosen = sum(output.num_chosen for output in outputs)
-        metrics: dict[str, Any] = {name: row.mean() for name, row in table.items() if name.startswith("reward/")} | {
+        metrics: dict[str, Any] = table.metrics() | {
             "reward/tied_problems": (rewards.amax(1) == rewards.amin(1)).float().mean(),
             "policy/loss": torch.stack([output.loss for output in outputs]).mean(),
             "policy/clipped": num_clipped / max(1, num_chosen),
-            "policy/entropy": table["surprise"].sum() / table["chosen"].sum(),
-            "rollout/tokens": table["tokens"].mean(),
-            "rollout/truncated": table["truncated"].mean(),
         }
         if self.loss.kl_weight:
             metrics["policy/kl"] = torch.stack([output.kl for output in outputs]).mean()
@@ -316,16 +278,6 @@ class LatticeGRPO(ThreadedModule):
             self.log("rollout/logprob_gap_max", largest, reduce_fx="max", batch_size=batch_size)
 
 
-def logprob_gaps(logprobs: Tensor, rollout: Rollout, groups: Tensor | None = None) -> Tensor:
-    """(M,) distances between recomputed log-probabilities (B, N, L) and those at sampling, of the chosen tokens.
-
-    The same weights computed both, but not by the same code: cached columns and rounding differ. A large gap says that
-    the policy that is optimised is not the one that was sampled.
-    """
-    where = slice(None) if groups is None else groups
-    return (logprobs - rollout.logprobs[where]).abs()[rollout.chosen[where]]
-
-
 def _disable_dropout(model: nn.Module) -> None:
     """The policy that is optimised is the one that was sampled, not one with holes in it."""
     for module in model.modules():
@@ -333,26 +285,3 @@ def _disable_dropout(model: nn.Module) -> None:
             module.p = 0.0
         if hasattr(module, "attention_dropout"):  # transformers' attention modules keep a number
             module.attention_dropout = 0.0  # type: ignore[assignment]
-
-
-class _Clock:
-    """Shares of a step's wall-clock time; waits for the device, so that its work is counted where it belongs."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._is_cuda = device.type == "cuda"
-        self._seconds: dict[str, float] = {}
-
-    @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        start = self._now()
-        yield
-        self._seconds[name] = self._now() - start
-
-    def shares(self) -> dict[str, float]:
-        total = sum(self._seconds.values())
-        return {name: seconds / total for name, seconds in self._seconds.items()}
-
-    def _now(self) -> float:
-        if self._is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()

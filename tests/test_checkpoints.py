@@ -34,7 +34,7 @@ from lace_lightning.modules import (
     SupervisedFinetuning,
     ThreadedModule,
 )
-from lace_lightning.modules.base import SETTINGS
+from lace_lightning.modules.stage_settings import SETTINGS
 from lace_lightning.rewards import AccuracyReward
 from tests.stage_helpers import (
     FAST,

@@ -17,8 +17,7 @@ from lace_lightning.callbacks import HealthMonitor, UnhealthyRun
 from lace_lightning.callbacks.health import _is_finite
 from lace_lightning.cli import stages
 from lace_lightning.decoding import Group
-from lace_lightning.modules import LatticeGRPO, SupervisedFinetuning, ThreadedModule
-from lace_lightning.modules.base import SampledGroups
+from lace_lightning.modules import LatticeGRPO, SampledGroups, SupervisedFinetuning, ThreadedModule
 from lace_lightning.policy_loss import PolicyLoss
 from lace_lightning.rewards import Reward
 from lace_lightning.tasks import Verdict

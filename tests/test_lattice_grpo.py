@@ -14,9 +14,11 @@ from lace_lightning.decoding import Group, Rollout
 from lace_lightning.embedding import NgramEmbedder
 from lace_lightning.modules import LatticeGRPO, OptimizerSpec
 from lace_lightning.modules.base import NonFiniteLossError, ThreadedModule
+from lace_lightning.modules.scoring import score, score_all
 from lace_lightning.policy_loss import PolicyLoss
 from lace_lightning.rewards import DiversityReward, FormatReward, Reward
 from lace_lightning.tasks import Verdict
+from lace_lightning.threaded_lm import ThreadedLM
 from tests.helpers import wake
 from tests.stage_helpers import (
     DECODING,
@@ -88,7 +90,7 @@ def gradient_of(module: LatticeGRPO, rollout: Rollout, advantages: Tensor, **cha
     module.zero_grad()
     groups = torch.arange(len(advantages))
     weights = module.loss.token_weights(rollout.chosen, module.rollout.max_new_tokens)
-    reference = module._score_all(module._reference[0], rollout) if module._reference else None
+    reference = score_all(module._reference[0], rollout, module.microbatch_size) if module._reference else None
     module._backward(rollout, groups, advantages, weights, None, reference, [])
     return {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
 
@@ -177,17 +179,17 @@ def test_microbatches_have_the_gradient_of_the_whole_batch(loss: PolicyLoss) -> 
 def test_cpus_take_few_groups_at_once_with_the_gradient_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     module = awake()
     rollout, advantages = sampled(module)
-    whole, sizes, score = gradient_of(module, rollout, advantages), [], LatticeGRPO._score
+    whole, sizes = gradient_of(module, rollout, advantages), []
 
-    def noted(self: LatticeGRPO, model: Any, rollout: Rollout, groups: Tensor) -> Tensor:
+    def noted(model: ThreadedLM, rollout: Rollout, groups: Tensor) -> Tensor:
         sizes.append(len(groups))
-        return score(self, model, rollout, groups)
+        return score(model, rollout, groups)
 
-    monkeypatch.setattr(LatticeGRPO, "_score", noted)
+    monkeypatch.setattr("lace_lightning.modules.lattice_grpo.score", noted)
     tokens = rollout.input_ids[0].numel()
     for limit, largest in ((10 * tokens, len(advantages)), (2 * tokens, 2), (1, 1)):
         sizes.clear()
-        monkeypatch.setattr("lace_lightning.modules.lattice_grpo.CPU_TOKENS", limit)
+        monkeypatch.setattr("lace_lightning.modules.scoring.CPU_TOKENS", limit)
         assert_close(whole, gradient_of(module, rollout, advantages))
         assert max(sizes) <= largest and len(sizes) >= (advantages != 0).sum() / largest
 
@@ -196,13 +198,12 @@ def test_groups_without_advantage_are_not_computed_and_change_nothing(monkeypatc
     module = awake()
     rollout, advantages = sampled(module)
     scored = []
-    score = LatticeGRPO._score
 
-    def counted(self: LatticeGRPO, model: Any, rollout: Rollout, groups: Tensor) -> Tensor:
+    def counted(model: ThreadedLM, rollout: Rollout, groups: Tensor) -> Tensor:
         scored.extend(groups.tolist())
-        return score(self, model, rollout, groups)
+        return score(model, rollout, groups)
 
-    monkeypatch.setattr(LatticeGRPO, "_score", counted)
+    monkeypatch.setattr("lace_lightning.modules.lattice_grpo.score", counted)
     without = gradient_of(module, rollout, advantages)
     assert scored == [0, 1, 3, 4, 5]
     least = torch.where(advantages == 0, 1e-30, advantages)  # not 0, so it is computed
@@ -213,7 +214,7 @@ def test_groups_without_advantage_are_not_computed_and_change_nothing(monkeypatc
 def test_recomputed_log_probabilities_are_those_that_were_sampled() -> None:
     module = awake()
     rollout, _ = sampled(module)
-    scored = module._score_all(module._model(), rollout)
+    scored = score_all(module._model(), rollout, None)
     torch.testing.assert_close(scored, rollout.logprobs, atol=1e-5, rtol=0)
     assert (scored[rollout.chosen] < 0).all() and not scored[~rollout.chosen].any()
 

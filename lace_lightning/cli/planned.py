@@ -13,7 +13,7 @@ from lace_lightning.decoding import DecodingSpec
 from lace_lightning.memory import Decoding, Pass, Precision, Run, Shape
 from lace_lightning.memory.run import Engine
 from lace_lightning.modules import LatticeGRPO, ThreadedModule
-from lace_lightning.modules.lattice_grpo import CPU_TOKENS
+from lace_lightning.modules.scoring import CPU_TOKENS
 from lace_lightning.tasks import Puzzle
 from lace_lightning.threaded_lm import ThreadedLM
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from lace_lightning.decoding.environment import FREE
 from lace_lightning.decoding.group import Rollout
 from lace_lightning.decoding.threads import Column
-from lace_lightning.engine.operations import Operations, Plan, plan
+from lace_lightning.engine.operations import Operations
+from lace_lightning.engine.plan import Plan, plan
 from lace_lightning.engine.prompt import read_prompt
 from lace_lightning.engine.state import Capacity, GroupState
 from lace_lightning.engine.weights import DecoderWeights

@@ -1,13 +1,12 @@
 """The operations of one decoding step on a GPU: which kernel, which tiles, which buffers.
 
-Up to :data:`THIN` rows a matrix product only reads its weights, and the norms and activations around it are fused into
-our own kernels. Above, the library's products are better.
+Up to :data:`~lace_lightning.engine.tiles.THIN` rows a matrix product only reads its weights, and the norms and
+activations around it are fused into our own kernels. Above, the library's products are better.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -17,128 +16,15 @@ from lace_lightning.decoding.random import uniform
 from lace_lightning.decoding.sampling import Sampling
 from lace_lightning.decoding.threads import Rules
 from lace_lightning.engine.kernels import attention, elementwise, exchange, linear, sampling
+from lace_lightning.engine.plan import Plan, exchange_block, is_small, tile_threads
+from lace_lightning.engine.side_buffers import PartBuffers, SideBuffers
 from lace_lightning.engine.state import GroupState
-from lace_lightning.engine.weights import DecoderWeights, LayerWeights, SidePath
-from lace_lightning.exchange.rotary import Rotation
+from lace_lightning.engine.tiles import TILES, is_thin
+from lace_lightning.engine.weights import DecoderWeights, LayerWeights
 
-THIN = 16
-"""Most rows for which our own matrix products are used."""
 _BLOCK_V = 1024
 _KEYS_PER_STEP = 64
 """Keys that a program of attention reads at once."""
-_GATE_BYTES = 2**16
-"""Largest gate that a program keeps whole beside the rest, without spilling registers."""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How a thin product is cut: warps that share out the inputs, and inputs that a warp asks for at once."""
-
-    warps: int
-    inputs: int
-
-
-TILES = {
-    "qkv": Tile(4, 256),
-    "side": Tile(8, 256),
-    "out": Tile(4, 512),
-    "gated": Tile(4, 128),
-    "down": Tile(4, 512),
-    "head": Tile(4, 256),
-}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How attention is split over the device at some number of columns.
-
-    Args:
-        prompt_parts, own_parts: into how many parts each prompt and each thread is cut; 0: one program reads both.
-        exchange_parts: into how many parts the lattice is cut.
-    """
-
-    prompt_parts: int
-    own_parts: int
-    exchange_parts: int
-
-
-def plan(state: GroupState, weights: DecoderWeights, columns: int, num_processors: int) -> Plan:
-    """A plan for up to ``columns`` decoded columns: enough programs to fill the device, none without work."""
-    size = state.capacity
-    wanted = 2 * num_processors
-    heads, rows = weights.num_key_heads, size.rows
-    lattice_heads = max((side.config.heads for side in weights.sides.values()), default=1)
-    windows = [side.config.window or columns for side in weights.sides.values() if side.config.scope != "aligned"]
-    lattice_keys = min(columns, max(windows, default=0)) * size.num_threads
-    blocks = size.num_groups * triton.cdiv(size.num_threads, _exchange_block(size.num_threads)) * lattice_heads
-    exchange_parts = min(16, _parts(num_processors, blocks, lattice_keys, 256))
-    is_short = size.prompt + columns <= 512
-    reads_prompt_often = size.num_threads * size.prompt > 8192
-    if not reads_prompt_often and (is_short or rows * heads >= wanted):
-        return Plan(0, 0, exchange_parts)
-    tiles = -(-size.num_threads // _tile_threads(state, weights))
-    return Plan(
-        _parts(wanted, size.num_groups * tiles * heads, size.prompt, 128),
-        _parts(wanted, rows * heads, columns, 128),
-        exchange_parts,
-    )
-
-
-def _parts(wanted: int, tasks: int, keys: int, least: int) -> int:
-    """Parts per task so that there are about ``wanted`` programs with at least ``least`` keys each; a power of two."""
-    return triton.next_power_of_2(max(1, min(-(-wanted // tasks), keys // least)))
-
-
-def _tile_threads(state: GroupState, weights: DecoderWeights) -> int:
-    """Threads whose queries read a prompt together: 64 queries per key head."""
-    per_head = weights.num_heads // weights.num_key_heads
-    return min(state.capacity.num_threads, max(1, 64 // per_head))
-
-
-def _step(tile: Tile, inputs: int) -> int:
-    """Inputs that each warp asks for at once: half as many where the last turn of a warp would be mostly empty.
-
-    A tensor core's operand has at least 32.
-    """
-    share = inputs // tile.warps
-    step = min(tile.inputs, triton.next_power_of_2(share))
-    if step < share and -share % step > share // 10:
-        step //= 2
-    return max(32, step)
-
-
-def _is_thin(weights: DecoderWeights, rows: int) -> bool:
-    """Whether our own products take these weights: 16-bit, few rows, sizes in whole tiles."""
-    warps = max(tile.warps for tile in TILES.values())
-    layer = weights.layers[0]
-    matrices = [layer.q, layer.k, layer.o, layer.gate, layer.down, weights.head]
-    matrices += [matrix for side in weights.sides.values() for matrix in (side.w_in, side.w_out)]
-    fits = all(matrix.shape[0] % 16 == 0 and matrix.shape[1] % (8 * warps) == 0 for matrix in matrices)
-    return rows <= THIN and fits and weights.head.dtype in (torch.bfloat16, torch.float16)
-
-
-def _is_small(side: SidePath, num_threads: int) -> bool:
-    """Whether one program can hold the queries of all threads and heads of a group, and the gate's weights."""
-    heads, weights = side.config.heads, side.w_gate.numel() * side.w_gate.element_size()
-    is_whole = triton.next_power_of_2(heads) == heads
-    return is_whole and triton.next_power_of_2(num_threads) * heads <= 64 and weights <= _GATE_BYTES
-
-
-def _exchange_block(num_threads: int) -> int:
-    """Threads whose queries read the lattice together; a product has at least 16 rows."""
-    return min(32, triton.next_power_of_2(max(16, num_threads)))
-
-
-class PartBuffers(NamedTuple):
-    """Partial softmaxes: accumulators (rows, heads, parts, d), largest scores and masses (rows, heads, parts)."""
-
-    acc: Tensor
-    largest: Tensor
-    mass: Tensor
-
-    @classmethod
-    def of(cls, size: tuple[int, int, int], dim: int, device: torch.device) -> PartBuffers:
-        return cls(torch.empty(*size, dim, device=device), *torch.empty(2, *size, device=device))
 
 
 class Operations:
@@ -157,7 +43,7 @@ class Operations:
         self.weights, self.state, self.draws, self.pad_id = weights, state, draws, rules.pad_id
         self._launch: dict[str, Any] = {"PDL": pdl} | ({"launch_pdl": True} if pdl else {})
         like, rows, size = weights.embedding, state.capacity.rows, state.capacity
-        self._rows, self._thin = rows, _is_thin(weights, rows)
+        self._rows, self._thin = rows, is_thin(weights, rows)
         hidden, inner = like.shape[1], weights.layers[0].gate.shape[0]
         self._hidden, self._inner = hidden, inner
         heads, key_heads, dim = weights.num_heads, weights.num_key_heads, weights.head_dim
@@ -174,7 +60,7 @@ class Operations:
         self._eos = torch.tensor(rules.eos_ids, device=like.device)
         self._opening = torch.tensor(rules.opening_ids, dtype=torch.long, device=like.device)
         self._cos, self._sin = weights.rotary_tables(size.prompt + size.new)
-        self._sides = {i: _SideBuffers(side, state) for i, side in weights.sides.items()}
+        self._sides = {i: SideBuffers(side, state) for i, side in weights.sides.items()}
         self._plan = Plan(0, 0, 1)
         self._parts: dict[int, PartBuffers] = {}
 
@@ -231,7 +117,7 @@ class Operations:
                 self._thin, queries, num_warps=8 if self._thin else 4, **options,
             )  # fmt: skip
             return
-        tile, parts = _tile_threads(s, w), self._plan.prompt_parts + self._plan.own_parts
+        tile, parts = tile_threads(s, w), self._plan.prompt_parts + self._plan.own_parts
         tiles = -(-size.num_threads // tile)
         tasks = size.num_groups * tiles * self._plan.prompt_parts + self._rows * self._plan.own_parts
         prompt_queries = triton.next_power_of_2(max(16, tile * (heads // key_heads)))
@@ -258,7 +144,7 @@ class Operations:
         keys, values = (buffers.inputs,) * 2 if aligned else s.lattice[index]
         shape = (size.num_threads, config.heads, config.dim, *config.rotary_dims, config.own, aligned)
         inputs = (buffers.inputs, keys, values, s.hidden, s.written, s.time, *buffers.tables, side.w_gate, side.b_gate)
-        if aligned and _is_small(side, size.num_threads):
+        if aligned and is_small(side, size.num_threads):
             threads = max(triton.next_power_of_2(size.num_threads), -(-16 // config.heads))
             exchange.exchange_column[(size.num_groups,)](
                 buffers.inputs, s.written, s.time, *buffers.tables, side.w_gate, side.b_gate, buffers.out,
@@ -267,7 +153,7 @@ class Operations:
             return
         exchange.exchange[(len(buffers.arrived), config.heads, buffers.parts)](
             *inputs, buffers.out, *buffers.joined[buffers.parts], buffers.arrived, size.new,
-            config.dim**-0.5, *shape, config.window or 0, buffers.parts, _exchange_block(size.num_threads),
+            config.dim**-0.5, *shape, config.window or 0, buffers.parts, exchange_block(size.num_threads),
             _KEYS_PER_STEP, triton.next_power_of_2(config.width), num_warps=8, **self._launch,
         )  # fmt: skip
 
@@ -283,7 +169,7 @@ class Operations:
             tile = TILES["gated"]
             linear.project_gated[(self._inner // 16,)](
                 self.x, layer.mlp_norm, self.weights.eps, layer.gate, layer.up, self._inner_x, self._rows,
-                self._hidden, self._inner, self._block_m, tile.warps, _step(tile, self._hidden),
+                self._hidden, self._inner, self._block_m, tile.warps, tile.step(self._hidden),
                 num_warps=tile.warps, **self._launch,
             )  # fmt: skip
         else:
@@ -361,7 +247,7 @@ class Operations:
         linear.project[(sum(sizes) // 16,)](
             x, norm, self.weights.eps, *weights, *biases, out, self._rows, x.shape[1], *sizes,
             role == "qkv" if has_norm is None else has_norm, has_bias, self._block_m, tile.warps,
-            _step(tile, x.shape[1]), num_warps=tile.warps, **self._launch,
+            tile.step(x.shape[1]), num_warps=tile.warps, **self._launch,
         )  # fmt: skip
 
     def _project_add(
@@ -374,7 +260,7 @@ class Operations:
             extra_inputs = 0 if extra is None else x2.shape[1]
             linear.project_add[(len(weight) // 16,)](
                 x, weight, x2, weight2, self.x, out, self.state.written, self._rows, x.shape[1], extra_inputs,
-                len(weight), into_held, self._block_m, tile.warps, _step(tile, x.shape[1]),
+                len(weight), into_held, self._block_m, tile.warps, tile.step(x.shape[1]),
                 max(32, triton.next_power_of_2(extra_inputs // tile.warps)),
                 num_warps=tile.warps, **self._launch,
             )  # fmt: skip
@@ -391,45 +277,6 @@ class Operations:
         elementwise.rms_norm[(self._rows,)](
             x, norm, self.weights.eps, self._normed, self._hidden, block, num_warps=8, **self._launch
         )
-
-
-class _SideBuffers:
-    """Room for one lattice layer's side path."""
-
-    def __init__(self, side: SidePath, state: GroupState) -> None:
-        self.side, size, config = side, state.capacity, side.config
-        like = side.w_in
-        self.inputs = like.new_empty(size.rows, 4 * config.width)
-        self.out = like.new_empty(size.rows, config.width)
-        tiles = size.num_groups * triton.cdiv(size.num_threads, _exchange_block(size.num_threads))
-        self.arrived = torch.zeros(tiles, config.heads + 1, dtype=torch.int32, device=like.device)
-        self.tables = _rotary_tables(side, size.new, size.num_threads)
-        self._shape = (size.rows, config.heads)
-        self.joined: dict[int, PartBuffers] = {}
-
-    def allocate(self, parts: int) -> None:
-        """Room for that many parts; what was allocated before stays."""
-        self.parts = 1 if self.side.config.scope == "aligned" else max(1, parts)
-        if self.parts not in self.joined:
-            size = (*self._shape, self.parts)
-            self.joined[self.parts] = PartBuffers.of(size, self.side.config.dim, self.out.device)
-
-
-def _rotary_tables(side: SidePath, columns: int, num_threads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """float32 cosines and signed sines of :class:`Rotation`, by lattice time (columns, d) and by thread (N, d).
-
-    A dim that does not turn has cosine 1 and sine 0.
-    """
-    config, device = side.config, side.w_in.device
-    settings = (1, config.dim, *config.rotary_dims, config.rotary_base, torch.float32)
-
-    def tables(times: Tensor, threads: int) -> tuple[Tensor, Tensor]:
-        rotation = Rotation.of(times, threads, *settings)
-        return rotation.cos.view(-1, config.dim), rotation.sin.view(-1, config.dim)
-
-    by_time = tables(torch.arange(columns, device=device), 1)
-    by_thread = tables(torch.zeros(1, device=device), num_threads)
-    return *by_time, *by_thread
 
 
 def _mm(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
