@@ -13,8 +13,10 @@ from typing import Any
 import datasets
 import pytest
 
-from lace_lightning.traces.reading import BadDataError, read_problems, read_traces, write_traces
+from lace_lightning.traces.reading import read_problems, read_traces
 from lace_lightning.traces.schema import Problem, Tag, Trace, TraceThread
+from lace_lightning.traces.sources import BadDataError
+from lace_lightning.traces.writing import write_traces
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "math"
 
