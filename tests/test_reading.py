@@ -75,6 +75,21 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path,
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == old
 
 
+def test_a_write_that_ends_before_its_checksum_is_there_leaves_rows_that_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, traces = tmp_path / "t.jsonl", make_traces(2, seed=1)
+    write_traces(make_traces(3), path)
+
+    def end(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lace_lightning.traces.writing.write_checksum", end)
+    with pytest.raises(KeyboardInterrupt):
+        write_traces(traces, path)
+    assert read_traces(path) == traces, "the earlier rows' checksum would call these damaged"
+
+
 def damage(change: Callable[[dict[str, Any]], object]) -> str:
     row = make_row()
     change(row)
