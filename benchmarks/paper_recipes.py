@@ -98,8 +98,9 @@ def parsed() -> argparse.Namespace:
 
 def make_traces(options: argparse.Namespace, path: Path) -> Path:
     """Twelve groups of four threads: words of the problems in random order, as long as compressed traces may be."""
-    from lace_lightning.traces.reading import read_problems, write_traces
+    from lace_lightning.traces.reading import read_problems
     from lace_lightning.traces.schema import Tag, Trace, TraceThread
+    from lace_lightning.traces.writing import write_traces
 
     problems = read_problems(options.problems)[:200]
     words = [word for problem in problems for word in problem.text.split()]

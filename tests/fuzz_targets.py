@@ -43,9 +43,12 @@ from lace_lightning.synthesis.prompts import NAMES, Prompts
 from lace_lightning.synthesis.prompts import SHIPPED as TEMPLATES
 from lace_lightning.synthesis.teachers.language import _ranking, _solution
 from lace_lightning.tasks import Verdict
-from lace_lightning.traces.reading import BadDataError, _row, parse_problem, parse_trace, read_traces
+from lace_lightning.traces.parsing import parse_problem, parse_trace
+from lace_lightning.traces.reading import read_traces
 from lace_lightning.traces.schema import Problem, Tag
+from lace_lightning.traces.sources import BadDataError
 from lace_lightning.traces.tags import parse_answer, parse_tag
+from lace_lightning.traces.writing import _row
 from lace_lightning.tracking.redact import redact, redact_lines, redact_text
 from lace_lightning.tracking.spool_reader import SpoolReader
 from lace_lightning.verification import Kind, Reference, Verifier

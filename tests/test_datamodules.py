@@ -26,9 +26,10 @@ from lace_lightning.decoding.group import Thread
 from lace_lightning.tasks import Puzzle, Task, Verdict
 from lace_lightning.traces.batch import TraceBatch
 from lace_lightning.traces.loader import EpochSampler, ResumableLoader, SerialDataset
-from lace_lightning.traces.reading import BadDataError, write_traces
 from lace_lightning.traces.schema import Problem, Tag, Trace, TraceThread
+from lace_lightning.traces.sources import BadDataError
 from lace_lightning.traces.template import Segment, Template
+from lace_lightning.traces.writing import write_traces
 
 TOKENIZER_FOLDER = Path(__file__).parents[2] / "shared" / "data" / "tokenizer"
 WORDS = ["<pad>", "<eos>", "<unk>", *(str(i) for i in range(1000)), "test", "train", "assess", *Tag]

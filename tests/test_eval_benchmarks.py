@@ -13,7 +13,8 @@ from lace_lightning.cli.main import main
 from lace_lightning.cli.shipped import SHIPPED
 from lace_lightning.evaluation.store import read_failures, read_outcomes
 from lace_lightning.traces.columns import Columns
-from lace_lightning.traces.reading import BadDataError, read_problems
+from lace_lightning.traces.reading import read_problems
+from lace_lightning.traces.sources import BadDataError
 
 DATA = Path(__file__).parents[2] / "shared/data"
 FILES = {

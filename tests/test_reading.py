@@ -13,8 +13,10 @@ from typing import Any
 import datasets
 import pytest
 
-from lace_lightning.traces.reading import BadDataError, read_problems, read_traces, write_traces
+from lace_lightning.traces.reading import read_problems, read_traces
 from lace_lightning.traces.schema import Problem, Tag, Trace, TraceThread
+from lace_lightning.traces.sources import BadDataError
+from lace_lightning.traces.writing import write_traces
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "math"
 
@@ -71,6 +73,21 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path,
     with pytest.raises(TypeError, match="not JSON serializable"):
         write_traces([*make_traces(9, seed=1), bad], path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == old
+
+
+def test_a_write_that_ends_before_its_checksum_is_there_leaves_rows_that_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, traces = tmp_path / "t.jsonl", make_traces(2, seed=1)
+    write_traces(make_traces(3), path)
+
+    def end(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lace_lightning.traces.writing.write_checksum", end)
+    with pytest.raises(KeyboardInterrupt):
+        write_traces(traces, path)
+    assert read_traces(path) == traces, "the earlier rows' checksum would call these damaged"
 
 
 def damage(change: Callable[[dict[str, Any]], object]) -> str:

@@ -27,7 +27,9 @@ from lace_lightning.model_spec import ModelSpec
 from lace_lightning.puzzles import Doors
 from lace_lightning.synthesis.work_folder import WorkFolder
 from lace_lightning.tasks import Verdict
-from lace_lightning.traces.reading import BadDataError, read_traces, write_traces
+from lace_lightning.traces.reading import read_traces
+from lace_lightning.traces.sources import BadDataError
+from lace_lightning.traces.writing import write_traces
 from lace_lightning.tracking import MLflowLogger, TrackingError, replay, sender
 from lace_lightning.tracking.sender import drain
 from lace_lightning.tracking.spool import Spool, alone

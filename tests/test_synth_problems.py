@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from lace_lightning.puzzles import Countdown
 from lace_lightning.synthesis.overlap import contaminated, near_duplicates, ngrams_of, words_of
 from lace_lightning.synthesis.problems import ProblemOptions, collect, shard_of
-from lace_lightning.traces.reading import BadDataError, read_problems
+from lace_lightning.traces.reading import read_problems
+from lace_lightning.traces.sources import BadDataError
 from lace_lightning.verification import MathTask
 
 MATH = Path(__file__).parents[2] / "shared/data/math"

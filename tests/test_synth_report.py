@@ -18,8 +18,8 @@ from lace_lightning.synthesis.compression import TokenCounter
 from lace_lightning.synthesis.statistics import cross_ratio, diversity, own_text, trace_statistics
 from lace_lightning.synthesis.work_folder import Outcome
 from lace_lightning.traces.collate import TraceCollator
-from lace_lightning.traces.reading import write_traces
 from lace_lightning.traces.schema import Problem, Tag, Trace, TraceThread
+from lace_lightning.traces.writing import write_traces
 from tests.synth_helpers import ScriptedTeacher
 
 

@@ -22,7 +22,7 @@ from lace_lightning.exchange import SameStepConfig
 from lace_lightning.modules import LatticeGRPO, SupervisedFinetuning, ThreadedModule
 from lace_lightning.rewards import AccuracyReward, DiversityReward
 from lace_lightning.tasks import Verdict
-from lace_lightning.traces.reading import write_traces
+from lace_lightning.traces.writing import write_traces
 from lace_lightning.tracking import MLflowLogger
 from lace_lightning.tracking.logger import PARENT_RUN
 from lace_lightning.tracking.note import NOTE, differences

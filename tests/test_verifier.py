@@ -14,8 +14,9 @@ import pytest
 from lace_lightning.tasks import Verdict
 from lace_lightning.traces.schema import Problem
 from lace_lightning.verification import Kind, MathTask, Reference, Verifier
-from lace_lightning.verification.pool import PoolCounts, WorkerPool, WorkersFailed, _Worker
+from lace_lightning.verification.pool import PoolCounts, WorkerPool, WorkersFailed
 from lace_lightning.verification.worker import compare
+from lace_lightning.verification.worker_process import WorkerProcess
 from tests.hand_built import RIGHT, UNPARSABLE, WRONG, thread
 
 # Answers in upper case, unless a job tells it to misbehave; a path is a place where two workers meet.
@@ -236,7 +237,7 @@ def test_a_hung_or_dead_worker_loses_only_its_own_item(shouters):
 def test_a_job_whose_worker_is_stopped_or_killed_by_others_is_done_all_the_same(
     shouters, accident, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("lace_lightning.verification.pool.STANDSTILL", 0.5)
+    monkeypatch.setattr("lace_lightning.verification.worker_process.STANDSTILL", 0.5)
     jobs = ["a", f"{accident} {tmp_path}/once", "b"]
     assert shouters.map(jobs) == [job.upper() for job in jobs]
     assert (shouters.counts.timeouts, shouters.counts.crashes, shouters.counts.retries) == (0, 0, 1)
@@ -244,7 +245,7 @@ def test_a_job_whose_worker_is_stopped_or_killed_by_others_is_done_all_the_same(
 
 @pytest.mark.parametrize("accident", ["kill", "stop"])
 def test_a_job_that_no_worker_is_left_alone_with_is_an_error_and_no_reply(shouters, accident, tmp_path, monkeypatch):
-    monkeypatch.setattr("lace_lightning.verification.pool.STANDSTILL", 0.5)
+    monkeypatch.setattr("lace_lightning.verification.worker_process.STANDSTILL", 0.5)
     with pytest.raises(WorkersFailed, match="no reply.*memory"):
         shouters.map(["a", f"{accident} {tmp_path}/always", "b"])
     assert shouters.map(["c"]) == ["C"]
@@ -252,8 +253,8 @@ def test_a_job_that_no_worker_is_left_alone_with_is_an_error_and_no_reply(shoute
 
 def test_a_job_pays_for_its_own_time_and_not_for_that_of_others(monkeypatch):
     """Its clock runs at a fifth, as on a machine that is busy with others: it gets five times as long."""
-    used = _Worker._used
-    monkeypatch.setattr(_Worker, "_used", lambda self: used(self) / 5)
+    used = WorkerProcess._used
+    monkeypatch.setattr(WorkerProcess, "_used", lambda self: used(self) / 5)
     pool = WorkerPool([sys.executable, "-c", SHOUTER], num_workers=1, time_limit=0.3)
     pool.map(["a"])
     began = time.monotonic()

@@ -25,7 +25,7 @@ from lace_lightning.synthesis.solver import Solver
 from lace_lightning.synthesis.teacher import Teacher
 from lace_lightning.synthesis.work_folder import Outcome, WorkFolder
 from lace_lightning.tasks import Task
-from lace_lightning.traces.reading import write_traces
+from lace_lightning.traces.writing import write_traces
 from lace_lightning.whole_file import write_text
 
 STAGES = ("problems", "difficulty", "sampling", "compression", "judging", "assembly")

@@ -1,7 +1,8 @@
 """The words of the data: problems, threads and traces (LACE.md §2, §5).
 
-Plain frozen records without behaviour beyond their own consistency; reading and writing files is
-:mod:`lace_lightning.traces.reading`, turning them into token tensors :mod:`lace_lightning.traces.collate`.
+Plain frozen records without behaviour beyond their own consistency; reading files is
+:mod:`lace_lightning.traces.reading`, writing them :mod:`lace_lightning.traces.writing`, turning traces into token
+tensors :mod:`lace_lightning.traces.collate`.
 """
 
 from __future__ import annotations

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
 import threading
 import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
-from typing import Any, Literal
+from typing import Any
 
-import psutil
-
-START_LIMIT = 120.0
-"""Seconds that a worker may take to start: the imports, on a busy machine."""
+from lace_lightning.verification.worker_process import STANDSTILL, WorkerProcess
 
 MAX_FAILED_STARTS = 3
 """Starts in a row that may fail: one may be bad luck, such as a machine short of memory."""
 
 MAX_ATTEMPTS = 3
 """Times that a job is begun whose worker comes to a standstill or is killed by others."""
-
-STANDSTILL = 10.0
-"""Seconds without any use of the processor after which a worker with a job is taken for stopped."""
-
-_KILLED = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGINT}
-"""Exit codes of workers that somebody else ended: the system short of memory, an operator."""
 
 
 class WorkersFailed(RuntimeError):
@@ -80,7 +66,7 @@ class WorkerPool:
         self.num_workers = num_workers
         self.time_limit = time_limit
         self.counts = PoolCounts()
-        self._workers: list[_Worker] = []
+        self._workers: list[WorkerProcess] = []
         self._failed_starts = 0
         self._attempts: Counter[int] = Counter()  # by job
         self._lock = threading.Lock()
@@ -90,8 +76,9 @@ class WorkerPool:
         """Replies to the jobs, in order; None where a job used up its time or its worker died of it.
 
         Raises:
-            WorkersFailed: :data:`MAX_FAILED_STARTS` workers in a row ended, or were silent for :data:`START_LIMIT`,
-                before they were ready; or :data:`MAX_ATTEMPTS` of them stood still or were killed with the same job.
+            WorkersFailed: :data:`MAX_FAILED_STARTS` workers in a row ended, or were silent for
+                :data:`~lace_lightning.verification.worker_process.START_LIMIT`, before they were ready; or
+                :data:`MAX_ATTEMPTS` of them stood still or were killed with the same job.
         """
         replies: list[Any | None] = [None] * len(jobs)
         waiting = deque(range(len(jobs)))
@@ -113,7 +100,7 @@ class WorkerPool:
     def _assign(self, jobs: Sequence[Any], waiting: deque[int]) -> None:
         unfinished = len(waiting) + sum(worker.job is not None for worker in self._workers)
         while len(self._workers) < min(self.num_workers, unfinished):
-            self._workers.append(_Worker(self.command))
+            self._workers.append(WorkerProcess(self.command))
             self._count(starts=1)
         for worker in [worker for worker in self._workers if worker.is_idle]:
             if not waiting:
@@ -142,7 +129,7 @@ class WorkerPool:
                 self._discard(worker)
                 self._account(worker, waiting)
 
-    def _account(self, worker: _Worker, waiting: deque[int]) -> None:
+    def _account(self, worker: WorkerProcess, waiting: deque[int]) -> None:
         """Say whose fault the end of a worker was; a job that had none goes back to the front."""
         if worker.job is None:
             self._count_failed_start()
@@ -176,99 +163,11 @@ class WorkerPool:
                 f"command {' '.join(self.command)!r} to see why"
             )
 
-    def _discard(self, worker: _Worker) -> None:
+    def _discard(self, worker: WorkerProcess) -> None:
         self._workers.remove(worker)
         worker.kill()
 
 
-class _Worker:
-    """One process: starting, then by turns idle and busy with a job."""
-
-    def __init__(self, command: list[str]) -> None:
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._input = self._process.stdin
-        self.output = self._process.stdout.fileno()
-        self.job: int | None = None
-        self.is_idle = False
-        self.deadline = time.monotonic() + START_LIMIT
-        """When to look again whether it is overdue."""
-        self.fate: Literal["used up", "stood still", "died", "was killed"] = "died"
-        """How it ended, once it was killed."""
-        self._clock = psutil.Process(self._process.pid)
-        self._received = b""
-
-    def send(self, index: int, job: Any, time_limit: float) -> None:
-        """Begin a job.
-
-        Raises:
-            BrokenPipeError: the process has died.
-        """
-        self._input.write(json.dumps(job).encode() + b"\n")
-        self._input.flush()
-        self.job, self.is_idle = index, False
-        self.deadline = time.monotonic() + time_limit
-        self._budget = self._used() + time_limit
-        self._moved = self._used(), time.monotonic()
-
-    def is_overdue(self) -> bool:
-        """Whether it has used up its processor time, or has long used none; of a starting one, its time to start."""
-        now, used = time.monotonic(), self._used()
-        if now < self.deadline:
-            return False
-        if self.job is None:
-            return True
-        if used > self._moved[0]:
-            self._moved = used, now
-        if used >= self._budget:
-            self.fate = "used up"
-        elif now >= self._moved[1] + STANDSTILL:
-            self.fate = "stood still"
-        else:
-            self.deadline = now + min(max(self._budget - used, 0.02), 1.0)
-            return False
-        return True
-
-    def receive(self) -> bool:
-        """Take what it has written so far; False if it has closed its output."""
-        data = os.read(self.output, 4096)
-        self._received += data
-        if not data:
-            with suppress(subprocess.TimeoutExpired):  # its end may be a moment away
-                self._process.wait(1.0)
-        return bool(data)
-
-    @property
-    def has_replied(self) -> bool:
-        return self._received.endswith(b"\n")
-
-    def reply(self) -> Any:
-        return json.loads(self._received)
-
-    def rest(self) -> None:
-        self.job, self.is_idle, self._received = None, True, b""
-
-    def kill(self) -> None:
-        if self._process.poll() in _KILLED:
-            self.fate = "was killed"
-        self._process.kill()
-        self._process.communicate()  # reaps it and closes its pipes
-
-    def _used(self) -> float:
-        """Seconds of processor time so far."""
-        try:
-            times = self._clock.cpu_times()
-        except psutil.Error:  # it is dead, which its output tells
-            return 0.0
-        return times.user + times.system
-
-
-def _discard_all(workers: list[_Worker]) -> None:
+def _discard_all(workers: list[WorkerProcess]) -> None:
     while workers:
         workers.pop().kill()

@@ -321,7 +321,7 @@ def test_right_answers_stay_right_while_verification_workers_are_stopped_and_kil
 
         tormentor = threading.Thread(target=torment)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lace_lightning.verification.pool.STANDSTILL", 1.0)
+            patch.setattr("lace_lightning.verification.worker_process.STANDSTILL", 1.0)
             patch.setattr("lace_lightning.verification.pool.MAX_ATTEMPTS", 6)
             tormentor.start()
             try:
