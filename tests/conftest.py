@@ -1,6 +1,7 @@
 """What every test stands on: one seed, one thread, a plain kernel for FlashAttention, CUDA tests only where CUDA is."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,14 @@ from tests.helpers import PLAIN_KERNEL
 
 # Tiny shapes lose time to thread start-up, and one thread adds up in one order: bitwise claims stay bitwise.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_run_left_in_the_working_folder() -> Iterator[None]:
+    """Runs of tests lie in folders of their own."""
+    folders = [folder for name in ("checkpoints", "runs", "lightning_logs") if not (folder := Path(name)).exists()]
+    yield
+    assert [folder for folder in folders if folder.exists()] == []
 
 
 @pytest.fixture(autouse=True)

@@ -136,9 +136,9 @@ def test_stop_saves_the_last_good_state_and_ends_the_run(tmp_path: Path, kind: s
     assert trainer.global_step == 6
 
 
-def test_skipping_without_end_stops() -> None:
+def test_skipping_without_end_stops(tmp_path: Path) -> None:
     with pytest.warns(UserWarning), pytest.raises(UnhealthyRun, match="3 steps in a row were skipped"):
-        run("sft", HealthMonitor(non_finite="skip", patience=3), *range(20), max_steps=20)
+        run("sft", HealthMonitor(non_finite="skip", patience=3), *range(20), max_steps=20, default_root_dir=tmp_path)
 
 
 def test_a_loss_that_is_not_finite_is_the_monitors_business(tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def test_a_run_cannot_be_resumed_twice_at_once_but_validated(tmp_path: Path, cap
     more = ["--trainer.max_steps=3", "--ckpt_path", str(first / "last.ckpt")]
     assert main(["fit", "--config", config, *more]) == 0, "free again when the other has ended"
     assert read_checkpoint(second / "last.ckpt")["global_step"] == 3
+    assert (second / "config.yaml").is_file(), "without a logger the config lies beside the checkpoints"
 
 
 def test_what_a_killed_run_left_unfinished_is_removed_by_the_next_and_not_under_a_live_one(tmp_path: Path) -> None:
