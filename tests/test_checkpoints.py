@@ -365,7 +365,8 @@ def test_the_command_line_stands_against_hyperparameters_in_a_checkpoint(files, 
     cli = build(["--config", str(config), "--model.init_args.optimizer.lr=0.5"], run=False)
     assert cli.model.optimizer_spec.lr == 0.5
     arguments = ["validate", "--config", str(config), "--ckpt_path", str(path)]
-    cli = build([*arguments, "--model.init_args.optimizer.lr=0.5", "--trainer.limit_val_batches=1"])
+    arguments += ["--trainer.limit_val_batches=1", f"--trainer.default_root_dir={tmp_path}"]
+    cli = build([*arguments, "--model.init_args.optimizer.lr=0.5"])
     assert cli.model.optimizer_spec.lr == 0.5
     assert_same(values(cli.model), read_weights(path))
 
