@@ -53,6 +53,14 @@ def test_a_sweep_that_extends_no_file_is_refused_in_words(tmp_path, below):
         read_sweep(str(path))
 
 
+@pytest.mark.parametrize("text", ['extends: "\\0"', 'extends: ["\\0"]', 'evaluation: "\\0"', 'limits: "\\0"'])
+def test_a_null_byte_in_a_sweep_is_refused_in_words(tmp_path, text):
+    path = Path(tmp_path, "sweep.yaml")
+    path.write_text(text)
+    with pytest.raises(SweepError):
+        read_sweep(str(path))
+
+
 HOSTILE = ["-" * 100_000, "a_" * 50_000, "://" * 30_000, "a://b:" * 20_000, "?x-" * 30_000, "eyJ-" * 30_000]
 HOSTILE += ["--a.token " * 10_000, "password" + " " * 100_000, "-----BEGIN PRIVATE KEY-----" * 4_000]
 

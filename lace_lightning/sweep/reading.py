@@ -38,7 +38,7 @@ def read_sweep(path: str) -> SweepSpec:
     try:
         parser.parse_object(_names_and_types(settings))
         return _built(settings)
-    except (ArgumentError, TypeError, SweepError) as error:
+    except (ArgumentError, TypeError, ValueError) as error:
         raise SweepError(f"{path}: {error}") from error
 
 
@@ -83,7 +83,11 @@ def shipped(path: str) -> str:
 
 
 def _settings(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in above:
+    try:
+        place = path.resolve()
+    except ValueError as error:  # a null byte
+        raise SweepError(f"extends: {str(path)!r} is no path: {error}") from error
+    if place in above:
         raise SweepError(f"extends: {path} lies beneath itself")
     try:
         own = read_mapping(path, str(path))
@@ -95,5 +99,5 @@ def _settings(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(below, list) or not all(isinstance(name, str) for name in below):
         raise SweepError(f"{path}: extends={below!r} must be a file or a list of files")
     for name in below:
-        settings |= _settings(path.parent / name, (*above, path.resolve()))
+        settings |= _settings(path.parent / name, (*above, place))
     return settings | own
